@@ -1,0 +1,40 @@
+# `make help` lists the targets. Everything a target needs is installed into .venv by `setup`.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := outputs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint foundations clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/ready ## make the environment (.venv) with the pinned versions
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup ## toy data, stage 1, stage 2, evaluation, report: outputs/demo
+	$(BIN)/python -m data_prep.toy stage1 stage2 eval
+	$(BIN)/python train.py +experiment=full run_dir=$(DEMO)
+
+test: setup ## the test suite
+	$(BIN)/python -m pytest -q
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+foundations: setup ## rebuild assets/ from the seed (about half an hour on 2 cores) and measure them
+	$(BIN)/python -m data_prep.toy foundations foundations-test
+	$(BIN)/python -m data_prep.toy_tokenizer
+	$(BIN)/python train.py +experiment=foundations run_dir=outputs/foundations
+	$(BIN)/python -m vllava.evaluation.foundations --runs outputs/foundations --assets assets
+
+clean: ## remove outputs, generated data and caches; keeps .venv
+	rm -rf outputs data .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
