@@ -1,0 +1,174 @@
+"""Make the toy world's shards: `python -m data_prep.toy --out data/toy stage1 stage2 eval`.
+
+Every split has its own random streams, so training, evaluation and the foundations' data never share a
+scene. Shards are bit-identical from run to run, whatever the number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_prep.shards import MANIFEST, PLACEHOLDERS, write_manifest, write_shard
+from data_prep.toy_language import (
+    TEMPORAL_TYPES,
+    Question,
+    caption_conversation,
+    existence,
+    in_words,
+    question_conversation,
+    questions,
+)
+from data_prep.toy_render import encode_jpeg, encode_mp4, render
+from data_prep.toy_scene import Scene, draw_clip, draw_picture
+
+SHARD_SAMPLES = 512
+STILL_TYPES = ("colour", "shape", "size", "position", "count", "relation", "exist")
+PROBES = ("random", "popular", "adversarial")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One folder of shards: how many samples of which medium, and what is said about them."""
+
+    name: str
+    medium: str  # image | video | text
+    talk: str  # caption | brief caption | questions | test
+    samples: int
+    rounds: int = 6  # questions asked about a scene, at most
+    novel: bool = False  # contains colour-shape pairs that no training source contains
+
+
+SPLITS: dict[str, tuple[Source, ...]] = {
+    "stage1": (
+        Source("stage1/images", "image", "caption", 3000),
+        Source("stage1/videos", "video", "caption", 3000),
+    ),
+    "stage2": (
+        Source("stage2/images", "image", "questions", 4000),
+        Source("stage2/videos", "video", "questions", 4500),
+        Source("stage2/text", "text", "questions", 500),
+    ),
+    "eval": (
+        Source("eval/images", "image", "test", 560),
+        Source("eval/videos", "video", "test", 560),
+        Source("eval/novel-images", "image", "test", 140, novel=True),
+        Source("eval/novel-videos", "video", "test", 140, novel=True),
+    ),
+    "foundations": (
+        Source("foundations/images", "image", "brief caption", 40_000),
+        Source("foundations/videos", "video", "brief caption", 16_000),
+        Source("foundations/text", "text", "questions", 48_000, rounds=16),
+    ),
+    "foundations-test": (
+        Source("foundations/held-out-images", "image", "caption", 512),
+        Source("foundations/held-out-videos", "video", "caption", 512),
+        Source("foundations/held-out-text", "text", "questions", 512),
+    ),
+}
+
+
+def _stream(seed: int, source: Source, shard: int) -> random.Random:
+    return random.Random(f"{seed}/{source.name}/{shard}")
+
+
+def _test_question(
+    draw: Callable[[random.Random, bool], Scene], novel: bool, rng: random.Random, types: tuple[str, ...], index: int
+) -> tuple[Scene, Question]:
+    """A scene and a question of the type whose turn it is, its answer drawn evenly from the possible ones."""
+    wanted = types[index % len(types)]
+    target = None  # the answer, decided from the first question found so that each option is equally likely
+    while True:
+        scene = draw(rng, novel)
+        if wanted == "exist":
+            turn = index // len(types)
+            return scene, existence(scene, rng, PROBES[turn % 3], present=rng.random() < 0.5)
+        for question in questions(scene, rng):
+            if question.type != wanted:
+                continue
+            if wanted == "order":  # the options name the things of this scene; their order is random already
+                return scene, question
+            target = target or rng.choice(question.options)
+            if question.answer == target:
+                return scene, question
+
+
+def _samples(source: Source, seed: int, shard: int, count: int) -> Iterator[tuple[str, dict, list[tuple[str, bytes]]]]:
+    rng = _stream(seed, source, shard)
+    slug = source.name.replace("/", "-")
+    for index in range(count):
+        number = shard * SHARD_SAMPLES + index
+        key = f"{slug}-{number:06d}"
+        draw = {"image": draw_picture, "video": draw_clip}.get(source.medium) or rng.choice((draw_picture, draw_clip))
+        record: dict = {"id": key, "source": f"toy-{slug}"}
+        if source.talk == "test":
+            types = STILL_TYPES if source.medium == "image" else (*TEMPORAL_TYPES, *STILL_TYPES)
+            scene, question = _test_question(draw, source.novel, rng, types, number)
+            asked = f"{PLACEHOLDERS[source.medium]}\n{question.text}"
+            record["conversations"] = [{"from": "human", "value": asked}, {"from": "gpt", "value": question.answer}]
+            record["question"] = {"type": question.type, "options": question.options}
+        else:
+            scene = draw(rng)
+            seen = PLACEHOLDERS.get(source.medium) or in_words(scene, rng)
+            if source.talk.endswith("caption"):
+                record["conversations"] = caption_conversation(scene, rng, seen, brief=source.talk == "brief caption")
+            else:
+                record["conversations"] = question_conversation(scene, rng, seen, source.rounds)
+        yield key, record, _media(source.medium, scene)
+
+
+def _media(medium: str, scene: Scene) -> list[tuple[str, bytes]]:
+    if medium == "text":
+        return []
+    frames = render(scene)
+    return [("mp4", encode_mp4(frames))] if medium == "video" else [("jpg", encode_jpeg(frames[0]))]
+
+
+def _write(job: tuple[Path, Source, int, int, int]) -> dict:
+    folder, source, seed, shard, count = job
+    return write_shard(folder / f"{shard:05d}.tar", _samples(source, seed, shard, count))
+
+
+def make(split: str, out: Path, seed: int, scale: float, processes: int) -> None:
+    """Write all sources of a split below `out`; `scale` multiplies their sample counts."""
+    with ProcessPoolExecutor(processes) as pool:
+        for source in SPLITS[split]:
+            total = max(1, round(source.samples * scale))
+            folder = out / source.name
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            starts = range(0, total, SHARD_SAMPLES)
+            jobs = [(folder, source, seed, i, min(SHARD_SAMPLES, total - s)) for i, s in enumerate(starts)]
+            shards = list(pool.map(_write, jobs))
+            settings = {"world": "toy", "seed": seed, **asdict(source), "samples": total}
+            write_manifest(folder, shards, settings)
+            size = sum(shard["bytes"] for shard in shards)
+            print(f"{folder / MANIFEST}: {total} samples, {len(shards)} shards, {size / 1e6:.1f} MB", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_prep.toy", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "splits", nargs="+", choices=sorted(SPLITS), metavar="split", help=f"any of {', '.join(SPLITS)}"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/toy"), help="folder of the shards (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the world (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every sample count (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="parallel writers (default: all cores)")
+    options = parser.parse_args(arguments)
+    for split in options.splits:
+        make(split, options.out, options.seed, options.scale, options.processes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
