@@ -1,0 +1,102 @@
+"""The structures in which data and model meet.
+
+Shape glossary: T tokens of a packed row, S samples, N images or videos, F frames of a video, P visual
+tokens of one medium, H W pixels, D hidden size of the LLM, E hidden size of an encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # label of a token without loss; torch's cross entropy skips it
+MEDIA_KINDS = ("image", "video")
+
+Self = TypeVar("Self", bound="_Movable")
+
+
+@dataclass
+class _Movable:
+    """Tensors among the fields, also in lists, move to a device or into pinned memory together."""
+
+    def _map(self: Self, change) -> Self:
+        def apply(value: Any) -> Any:
+            if isinstance(value, (Tensor, _Movable)):
+                return change(value)
+            if isinstance(value, list):
+                return [apply(item) for item in value]
+            return value
+
+        return type(self)(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self: Self, device: Any, non_blocking: bool = False) -> Self:
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: Self) -> Self:
+        return self._map(lambda value: value.pin_memory())
+
+
+@dataclass(frozen=True)
+class MediumSpec:
+    """What an encoder takes and gives for one medium: its pixel size, frames and number of visual tokens."""
+
+    size: int  # H = W, pixels
+    tokens: int  # P
+    frames: int = 1  # F
+
+
+@dataclass
+class Batch(_Movable):
+    """Samples laid end to end in one row, without padding, and their media stacked by kind.
+
+    A visual token's place in `token_ids` holds 0 and its index is in `image_slots` or `video_slots`, in the
+    order of the stacked media. Sample s occupies `cu_seqlens[s]:cu_seqlens[s + 1]`; positions restart there.
+    """
+
+    token_ids: Tensor  # [T] int64
+    labels: Tensor  # [T] int64; labels[t] is the target *at* t (the model shifts), IGNORE_INDEX where there is no loss
+    position_ids: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [S + 1] int32
+    images: Tensor  # [N, 3, H, W]
+    videos: Tensor  # [N, F, 3, H, W]
+    image_slots: Tensor  # [N * P] int64
+    video_slots: Tensor  # [N * P] int64
+    keys: list[str] = field(default_factory=list)  # S sample keys
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that carry loss."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+@dataclass
+class CaptionBatch(_Movable):
+    """Images or videos with one caption each, for contrastive or masked pre-training of encoders."""
+
+    pixels: Tensor  # [N, 3, H, W] or [N, F, 3, H, W]
+    token_ids: Tensor  # [N, L] int64, right-padded
+    attention_mask: Tensor  # [N, L] int64
+
+
+@dataclass
+class Step(_Movable):
+    """One rank's share of one global batch: the micro-batches to accumulate, and what had to be left out."""
+
+    micro_batches: list  # of Batch or CaptionBatch
+    samples: int  # drawn for this rank, broken ones included
+    broken: list[tuple[str, str]] = field(default_factory=list)  # (sample key, reason)
+
+
+def empty_images() -> Tensor:
+    return torch.empty(0, 3, 0, 0)
+
+
+def empty_videos() -> Tensor:
+    return torch.empty(0, 0, 3, 0, 0)

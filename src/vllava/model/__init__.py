@@ -1,0 +1,1 @@
+"""Encoders, projector, splice and LLM: plain modules, usable without Lightning and Hydra."""

@@ -1,0 +1,114 @@
+"""Trained models on disk: the trained weights, and references, with hashes, to what was not trained.
+
+A checkpoint folder holds `vllava.json` (what the model is made of), `projector.safetensors`, and `llm/` if the
+LLM was trained. Frozen encoders, and an LLM that was not trained, stay where they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from vllava.errors import UserError
+from vllava.model.build import load_llm, load_tokenizer, video_llava
+from vllava.model.encoders import Encoder
+from vllava.model.files import Checkpoint, read_tensors, replacing, save_half
+from vllava.model.video_llava import VideoLlava
+
+DESCRIPTION = "vllava.json"
+PROJECTOR = "projector.safetensors"
+LLM = "llm"
+
+
+@dataclass
+class Description:
+    """What a checkpoint's model is made of, and how its data was prepared."""
+
+    encoders: dict[str, dict]  # medium -> {"_target_": class in vllava, its settings}
+    llm: str  # folder or hub id; "llm" means the folder inside the checkpoint
+    template: str
+    image_fit: str
+    trained: list[str]
+    sha256: dict[str, str] = field(default_factory=dict)  # of the parts referred to: "image", "video", "llm"
+
+
+def save_trained(model: VideoLlava, tokenizer: Any, description: Description, folder: Path) -> None:
+    """Write a checkpoint folder; it appears whole or not at all."""
+    description.sha256 = {kind: model.encoder(kind).sha256 for kind in model.encoders}
+    with replacing(folder) as unfinished:
+        if "llm" in description.trained:
+            save_half(model.llm, unfinished / LLM)
+            tokenizer.save_pretrained(unfinished / LLM)
+            description.llm = LLM
+        elif Path(description.llm).is_dir():
+            description.sha256["llm"] = Checkpoint(description.llm).sha256
+        if model.encoders:
+            tensors = {name: value.detach().cpu().contiguous() for name, value in model.projector.state_dict().items()}
+            save_file(tensors, unfinished / PROJECTOR)
+        (unfinished / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n")
+
+
+def read_description(folder: Path) -> Description:
+    """Raises UserError where the folder is not a checkpoint of ours."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not a vllava checkpoint: it has no {DESCRIPTION}. A training run writes one to its folder "
+            "under checkpoint/, for example outputs/runs/stage2-united-s1/checkpoint."
+        )
+    try:
+        return Description(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be understood ({error}).") from error
+
+
+def load(folder: str | Path) -> tuple[VideoLlava, Any, Description]:
+    """A trained model, its tokenizer and its description; raises UserError where a part is missing or another one."""
+    folder = Path(folder)
+    description = read_description(folder)
+    llm_path = str(folder / LLM) if description.llm == LLM else description.llm
+    encoders = {kind: _encoder(settings) for kind, settings in description.encoders.items()}
+    model = video_llava(load_llm(llm_path), encoders.get("image"), encoders.get("video"))
+    load_projector(model, folder / PROJECTOR)
+    return model.eval(), load_tokenizer(llm_path), description
+
+
+def _encoder(settings: dict) -> Encoder:
+    module, _, name = settings["_target_"].rpartition(".")
+    if not module.startswith("vllava."):  # a checkpoint may come from a stranger: it must not name any code it likes
+        raise UserError(f"The checkpoint names an encoder outside this package ({settings['_target_']}): not loaded.")
+    build = getattr(importlib.import_module(module), name)
+    return build(**{key: value for key, value in settings.items() if key != "_target_"})
+
+
+def load_projector(model: VideoLlava, path: Path) -> None:
+    """Load a trained projector.
+
+    Raises UserError if it is missing or of another shape, or if the checkpoint it lies in was trained with other
+    encoders or another LLM than the model's.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"No projector at {path}. Train one with `python train.py +experiment=stage1` (same ablation, model and "
+            "seed), or give one with model.projector=PATH/projector.safetensors."
+        )
+    if (path.parent / DESCRIPTION).is_file():
+        wanted = read_description(path.parent).sha256
+        for kind in model.encoders:
+            encoder = model.encoder(kind)
+            if wanted.get(kind, encoder.sha256) != encoder.sha256:
+                raise UserError(
+                    f"{path} was trained with another {kind} encoder than {encoder.folder} (their hashes differ). "
+                    "Use the encoder it was trained with, or train a projector for this one."
+                )
+    tensors = read_tensors(path)
+    shapes = {name: tuple(value.shape) for name, value in model.projector.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if found != shapes:
+        raise UserError(f"{path} is a projector of other sizes: it has {found}, the model needs {shapes}.")
+    model.projector.load_state_dict(tensors)

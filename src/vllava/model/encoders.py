@@ -1,0 +1,97 @@
+"""Frozen vision encoders behind one small interface.
+
+An encoder maps pixels to visual tokens, [N, 3, H, W] or [N, F, 3, H, W] to [N, P, E], and says with `spec` and
+`hidden_size` what it takes and gives. To add one: a class like those below, or a function that builds one, and a
+config that names it under conf/encoder/image or conf/encoder/video.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, ViTMAEModel
+from transformers.utils import logging as transformers_logging
+
+from vllava.batch import MediumSpec
+from vllava.model.attention import PACKED
+from vllava.model.files import Checkpoint, load_strictly
+from vllava.model.languagebind import VisionTower
+
+
+class Encoder(nn.Module):
+    """Pixels to visual tokens; see the module's docstring."""
+
+    spec: MediumSpec
+    hidden_size: int  # E
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.folder = checkpoint.folder
+        self.sha256 = checkpoint.sha256  # a trained model refers to its encoders by this
+
+
+class ClipEncoder(Encoder):
+    """The vision tower of a LanguageBind or CLIP checkpoint.
+
+    An image gives its patch tokens without CLS (256 at 224 pixels and patch 14), a video the tokens of all its
+    frames with CLS (8 x 257), as in the original code. `feature_layer` -2: paper, Table 7.
+    """
+
+    def __init__(self, path: str, medium: str, feature_layer: int = -2) -> None:
+        checkpoint = Checkpoint(path)
+        super().__init__(checkpoint)
+        config = CLIPVisionConfig(**checkpoint.config.get("vision_config", checkpoint.config))
+        config._attn_implementation = PACKED
+        self.video = medium == "video"
+        temporal = getattr(config, "add_time_attn", False)
+        checkpoint.require(temporal or not self.video, "has no temporal attention: it is not an encoder for videos")
+        checkpoint.require(self.video or not temporal, "has temporal attention: it is not an encoder for images")
+        patches = (config.image_size // config.patch_size) ** 2
+        frames = config.num_frames if self.video else 1
+        self.spec = MediumSpec(config.image_size, frames * (1 + patches) if self.video else patches, frames)
+        self.hidden_size = config.hidden_size
+        self.tower = VisionTower(config, feature_layer)
+        depth = self.tower.depth
+        later = [f"vision_model.encoder.layers.{i}." for i in range(depth, config.num_hidden_layers)]
+        towers = (
+            "text_model.",
+            "text_projection.",
+            "visual_projection.",
+            "logit_scale",
+            "vision_model.post_layernorm.",
+        )
+        load_strictly(self.tower, checkpoint, prefix="vision_model.", ignored=(*towers, *later))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Images [N, 3, H, W] or videos [N, F, 3, H, W] to [N, P, E]."""
+        if self.video:
+            return self.tower(pixels.flatten(0, 1)).unflatten(0, (-1, self.spec.frames)).flatten(1, 2)
+        return self.tower(pixels)[:, 1:]
+
+
+class MaeEncoder(Encoder):
+    """The encoder of a ViT-MAE checkpoint, nothing masked: all patch tokens in their order, without CLS."""
+
+    def __init__(self, path: str, feature_layer: int = -2) -> None:
+        checkpoint = Checkpoint(path)
+        super().__init__(checkpoint)
+        layers = checkpoint.config["num_hidden_layers"]
+        depth = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+        transformers_logging.set_verbosity_error()  # we judge the loading report ourselves
+        self.vit, report = ViTMAEModel.from_pretrained(
+            path, mask_ratio=0.0, num_hidden_layers=depth, dtype=torch.float32, output_loading_info=True
+        )
+        checkpoint.require(not report["missing_keys"], f"lacks {sorted(report['missing_keys'])}")
+        self.vit.layernorm = nn.Identity()  # a hidden state before the last one has no final layer norm
+        self.spec = MediumSpec(self.vit.config.image_size, self.vit.embeddings.patch_embeddings.num_patches)
+        self.hidden_size = self.vit.config.hidden_size
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to [N, P, E]."""
+        # MAE shuffles patches by the rank of this noise: rising noise keeps their order.
+        order = torch.arange(self.spec.tokens, device=pixels.device).expand(len(pixels), -1)
+        return self.vit(pixels, noise=order).last_hidden_state[:, 1:]
+
+
+def no_encoder() -> None:
+    """No encoder: the model does not take this medium."""

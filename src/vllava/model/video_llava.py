@@ -1,0 +1,117 @@
+"""Video-LLaVA: frozen encoders, one shared projector, any causal LM of `transformers`."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from vllava.batch import IGNORE_INDEX, Batch, MediumSpec
+from vllava.errors import UserError
+from vllava.model.encoders import Encoder
+from vllava.model.projector import projector
+from vllava.model.splice import splice
+
+
+class VideoLlava(nn.Module):
+    """The model of the paper's Figure 2. Either encoder may be missing, and then its medium is not understood."""
+
+    llm: Any  # a causal LM of `transformers`
+
+    def __init__(
+        self, llm: nn.Module, image_encoder: Encoder | None = None, video_encoder: Encoder | None = None
+    ) -> None:
+        super().__init__()
+        self.llm = llm
+        encoders = {"image": image_encoder, "video": video_encoder}
+        self.encoders = nn.ModuleDict({kind: encoder for kind, encoder in encoders.items() if encoder is not None})
+        sizes = {self.encoder(kind).hidden_size for kind in self.encoders}
+        if len(sizes) > 1:
+            raise UserError(f"One projector serves both encoders, but their hidden sizes differ: {sorted(sizes)}.")
+        width = self.llm.get_input_embeddings().embedding_dim
+        self.projector = projector(sizes.pop(), width) if sizes else nn.Identity()
+
+    def encoder(self, kind: str) -> Encoder:
+        """The encoder of a medium."""
+        return cast(Encoder, self.encoders[kind])
+
+    @property
+    def specs(self) -> dict[str, MediumSpec]:
+        """What the data must deliver for each medium."""
+        return {kind: self.encoder(kind).spec for kind in self.encoders}
+
+    def train(self, mode: bool = True) -> VideoLlava:
+        """Encoders stay in evaluation mode: they are never trained (paper, Table 7)."""
+        super().train(mode)
+        self.encoders.eval()
+        return self
+
+    def encode(self, kind: str, pixels: Tensor) -> Tensor:
+        """Images [N, 3, H, W] or videos [N, F, 3, H, W] to projected visual tokens [N, P, D] (equation 1)."""
+        with torch.no_grad():
+            features = self.encoders[kind](pixels)
+        return self.projector(features)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """The packed row as embeddings [T, D], visual tokens spliced in at their slots."""
+        row = self.llm.get_input_embeddings()(batch.token_ids)
+        if len(batch.images):
+            row = splice(row, self.encode("image", batch.images), batch.image_slots)
+        if len(batch.videos):
+            row = splice(row, self.encode("video", batch.videos), batch.video_slots)
+        return row
+
+    def logits(self, batch: Batch, positions: Tensor) -> Tensor:
+        """Next-token logits [len(positions), V] at the given places of the row; no others are computed."""
+        output = self.llm(
+            inputs_embeds=self.embed(batch)[None],
+            position_ids=batch.position_ids[None],
+            cu_seq_lens_q=batch.cu_seqlens,
+            logits_to_keep=positions,
+            use_cache=False,
+        )
+        return output.logits[0]
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """The summed negative log likelihood of the supervised tokens (equation 2); divide by `num_supervised`."""
+        places = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
+        logits = self.logits(batch, places - 1)  # the token before predicts the label
+        return cross_entropy(logits.float(), batch.labels[places], reduction="sum")
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean negative log likelihood over the batch's supervised tokens."""
+        return self.loss_sum(batch) / batch.num_supervised
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int = 64, **sampling) -> list[list[int]]:
+        """Continue every sample of the batch; greedy unless `do_sample=True` and friends are given.
+
+        Returns the new token ids of each sample, without the end token. `transformers`' own generation with
+        its KV cache does the work, on left-padded embeddings.
+        """
+        segments = self.embed(batch).split(batch.cu_seqlens.diff().tolist())
+        embeddings = pad_sequence([s.flip(0) for s in segments], batch_first=True).flip(1)
+        lengths = batch.cu_seqlens.diff()[:, None]
+        mask = torch.arange(embeddings.shape[1], 0, -1, device=lengths.device) <= lengths
+        config = self.llm.generation_config
+        end, pad = config.eos_token_id, config.pad_token_id
+        ends = set(end) if isinstance(end, list) else {end}
+        output = self.llm.generate(
+            inputs_embeds=embeddings,
+            attention_mask=mask.long(),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad if pad is not None else min(ends),
+            **{"do_sample": False, **sampling},
+        )
+        return [_until(row, ends) for row in output.tolist()]
+
+
+def _until(tokens: list[int], ends: set[int]) -> list[int]:
+    """The tokens before the first end token."""
+    for index, token in enumerate(tokens):
+        if token in ends:
+            return tokens[:index]
+    return tokens
