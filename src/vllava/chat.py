@@ -1,0 +1,95 @@
+"""Talk with a trained model about images and videos: `python -m vllava.chat --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from vllava.conversation import Message
+from vllava.data.build import conversation_packer, sample_decoder
+from vllava.data.media import decode_image, decode_video
+from vllava.data.samples import Medium, Sample, SampleDecoder
+from vllava.errors import UserError
+from vllava.evaluation.answers import ask
+from vllava.model.checkpoint import load
+from vllava.model.device import best_device
+
+
+def read_medium(kind: str, path: Path, decode: SampleDecoder) -> Medium:
+    """An image or video file as the model takes it; raises UserError that names the file."""
+    if kind not in decode.specs:
+        raise UserError(f"This model takes no {kind}s: it was trained without an encoder for them.")
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    spec, preprocess = decode.specs[kind], decode.preprocess
+    try:
+        if kind == "image":
+            return Medium(kind, preprocess.image(decode_image(path.read_bytes()), spec.size))
+        return Medium(kind, preprocess.video(decode_video(path.read_bytes(), spec.frames, decode.decoder), spec.size))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def answers(
+    checkpoint: str, media: list[tuple[str, Path]], questions: Iterable[str], max_new_tokens: int, decoder: str
+) -> Iterator[str]:
+    """Answer questions in one conversation; the media are shown before the first."""
+    model, tokenizer, description = load(checkpoint)
+    model.to(best_device())
+    decode = sample_decoder(model.specs, description.image_fit, decoder)
+    packer = conversation_packer(model.specs, tokenizer, description.template)
+    shown = [read_medium(kind, path, decode) for kind, path in media]
+    conversation: list[Message] = []
+    for question in questions:
+        placeholders = "".join(f"<{medium.kind}>\n" for medium in shown) if not conversation else ""
+        conversation.append({"from": "human", "value": placeholders + question})
+        answer = ask(model, packer, [Sample("chat", conversation, shown)], max_new_tokens)[0]
+        conversation.append({"from": "gpt", "value": answer})
+        yield answer
+
+
+def typed() -> Iterator[str]:
+    """Questions typed at the terminal, until an empty line or the end of input."""
+    while True:
+        try:
+            question = input("question (empty to stop): ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not question:
+            return
+        yield question
+
+
+class _Show(argparse.Action):
+    """Collects --image and --video in the order they are given."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.media = [*namespace.media, (option_string.lstrip("-"), Path(values))]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vllava.chat", description=__doc__.splitlines()[0])
+    parser.add_argument("question", nargs="*", help="questions, asked one after the other; without any, type them")
+    parser.add_argument("--checkpoint", required=True, help="a run's checkpoint folder")
+    parser.add_argument("--image", action=_Show, metavar="FILE", help="an image to show (may be repeated)")
+    parser.add_argument("--video", action=_Show, metavar="FILE", help="a video to show (may be repeated)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: %(default)s)")
+    parser.add_argument(
+        "--decoder", default="decord", choices=("decord", "pyav"), help="of videos (default: %(default)s)"
+    )
+    parser.set_defaults(media=[])
+    options = parser.parse_args(arguments)
+    questions = options.question or typed()
+    try:
+        for answer in answers(options.checkpoint, options.media, questions, options.max_new_tokens, options.decoder):
+            print(answer, flush=True)
+    except UserError as error:
+        sys.exit(f"error: {error.paragraph}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

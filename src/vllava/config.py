@@ -1,0 +1,102 @@
+"""Checks of a composed configuration, before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vllava.errors import UserError
+
+CONF = Path(__file__).parents[2] / "conf"
+# fmt: off
+TOP_LEVEL = {
+    "experiment", "ablation", "seed", "chain", "runs", "run_dir", "world", "log_level", "save_minutes",
+    "model", "foundations", "tokenizer", "encoder", "projector", "data", "task", "trainer", "logger",
+    "preview", "evaluation",
+}
+# fmt: on
+_HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+
+
+def run_name(experiment: str, ablation: str, seed: int, overrides: str = "") -> str:
+    """The name of a run's folder: what it is, and what was changed on the command line."""
+    name = f"{experiment}-{ablation}-s{seed}"
+    return f"{name}-{overrides.replace('/', '_')}" if overrides else name
+
+
+def register_resolvers() -> None:
+    """Make `${run_name:…}` known to OmegaConf."""
+
+    def resolve(experiment: str, ablation: str, seed: int) -> str:
+        overrides = HydraConfig.get().job.override_dirname if HydraConfig.initialized() else ""
+        return run_name(experiment, ablation, seed, overrides)
+
+    OmegaConf.register_new_resolver("run_name", resolve, replace=True)
+
+
+def check(cfg: DictConfig) -> None:
+    """Raises UserError for an experiment not chosen, a key nobody reads, or a value that is missing."""
+    if OmegaConf.is_missing(cfg, "experiment"):
+        raise UserError(
+            f"Choose what to run: python train.py +experiment=NAME, with NAME one of {_names('experiment')}."
+        )
+    groups = [override.lstrip("+").split("=")[0] for override in HydraConfig.get().overrides.task]
+    if [group for group in groups if group in ("experiment", "ablation")] == ["ablation", "experiment"]:
+        raise UserError("Put +ablation=… after +experiment=… on the command line: the later one has the last word.")
+    _known("the configuration", set(cfg), TOP_LEVEL)
+    try:
+        if not cfg.chain:
+            OmegaConf.to_container(cfg.evaluation or cfg, resolve=True, throw_on_missing=True)
+        plain = typing.cast(dict, OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration is not complete: {str(error).splitlines()[0]}.") from error
+    for key in sorted(TOP_LEVEL & set(plain)):
+        _check_node(key, plain[key])
+
+
+def _names(group: str) -> str:
+    return ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+
+
+def _known(where: str, keys: set[str], known: set[str]) -> None:
+    for key in sorted(map(str, keys - known)):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(sorted(known))}."
+        raise UserError(f"Unknown key {key!r} in {where}: {hint}")
+
+
+def _check_node(where: str, node: Any) -> None:
+    """Keys of a node with `_target_` must be parameters of that target; the same for what it contains."""
+    if not isinstance(node, dict):
+        return
+    if "_target_" not in node:
+        for key, value in node.items():
+            _check_node(f"{where}.{key}", value)
+        return
+    try:
+        target = get_object(node["_target_"])
+    except Exception as error:  # hydra wraps whatever the import raised
+        raise UserError(f"{where}._target_={node['_target_']!r} cannot be imported ({error}).") from error
+    parameters = _parameters(target)
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        _known(where, set(node) - _HYDRA_KEYS, set(parameters))
+    for key, value in node.items():
+        hint = hints.get(key)
+        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            _known(f"{where}.{key}", set(value), {field.name for field in dataclasses.fields(hint)})
+        else:
+            _check_node(f"{where}.{key}", value)
+
+
+def _parameters(target: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(target).parameters)

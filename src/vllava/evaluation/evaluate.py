@@ -1,0 +1,112 @@
+"""Evaluate a checkpoint on held-out questions: accuracy by medium and question type, beside blind and chance."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from vllava.data.build import conversation_packer, sample_decoder
+from vllava.evaluation.answers import Answer, answer_all, read_samples
+from vllava.evaluation.report import sample_rows, write_report
+from vllava.model.checkpoint import load
+from vllava.model.device import best_device
+
+TEMPORAL_TYPES = ("direction", "mover", "order", "change", "events")  # what one frame cannot answer
+
+
+def evaluate(
+    checkpoint: str,
+    sources: dict[str, dict[str, str]],
+    run_dir: str,
+    remedy: str,
+    batch_size: int = 64,
+    max_new_tokens: int = 16,
+    decoder: str = "decord",
+    shown: int = 8,
+    plots: dict[str, str] | None = None,
+) -> dict:
+    """Answer every question of every source whose medium the model takes; write metrics, answers and a report.
+
+    sources: medium -> name -> folder of shards; the headline figures are over all sources of a medium together.
+    `shown` samples of each medium, and the loss curves `plots` (name -> PNG file), go into the report.
+    Writes metrics.json, answers.jsonl and report.html to `run_dir`, and prints a table. Raises UserError for a
+    missing checkpoint or shards.
+    """
+    started = time.time()
+    model, tokenizer, description = load(checkpoint)
+    model.to(best_device())
+    decode = sample_decoder(model.specs, description.image_fit, decoder)
+    packer = conversation_packer(model.specs, tokenizer, description.template)
+    metrics: dict = {}
+    answers: list[Answer] = []
+    rows = []
+    by_type: dict[str, dict] = {}
+    for medium in (kind for kind in sources if kind in model.specs):
+        seen: list[Answer] = []
+        unseen: list[Answer] = []
+        metrics[medium] = {}
+        parts = {}
+        for name, shards in sources[medium].items():
+            samples = list(read_samples(shards, decode, remedy))
+            found = answer_all(model, packer, samples, batch_size, max_new_tokens)
+            blind = answer_all(model, packer, samples, batch_size, max_new_tokens, blind=True)
+            parts[name] = summary(found, blind)
+            if not seen:
+                rows += sample_rows(samples[:shown], found[:shown], decode.preprocess)
+            seen, unseen = seen + found, unseen + blind
+        metrics[medium] = {**summary(seen, unseen), "by_source": parts}
+        by_type |= {f"{medium}/{kind}": value for kind, value in types(seen, unseen).items()}
+        answers += seen
+    metrics["by_type"] = by_type
+    metrics["seconds"] = round(time.time() - started, 1)
+    folder = Path(run_dir)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    (folder / "answers.jsonl").write_text(
+        "".join(json.dumps({**asdict(a), "correct": a.correct}) + "\n" for a in answers)
+    )
+    write_report(
+        folder, f"Evaluation of {checkpoint}", metrics, rows, {name: Path(path) for name, path in (plots or {}).items()}
+    )
+    print(table(metrics))
+    return metrics
+
+
+def summary(found: Sequence[Answer], blind: Sequence[Answer]) -> dict:
+    """Accuracy with and without the media, chance, and the number of questions."""
+    return {
+        "accuracy": round(sum(a.correct for a in found) / len(found), 4),
+        "blind": round(sum(a.correct for a in blind) / len(blind), 4),
+        "chance": round(sum(a.chance for a in found) / len(found), 4),
+        "n": len(found),
+    }
+
+
+def types(found: Sequence[Answer], blind: Sequence[Answer]) -> dict[str, dict]:
+    """The summary of each question type, and of all types that need time together ("temporal")."""
+    pairs = list(zip(found, blind, strict=True))
+    groups = {kind: [p for p in pairs if p[0].type == kind] for kind in dict.fromkeys(a.type for a in found)}
+    temporal = [p for p in pairs if p[0].type in TEMPORAL_TYPES]
+    if temporal:
+        groups["temporal"] = temporal
+    return {kind: summary(*zip(*group, strict=True)) for kind, group in groups.items()}
+
+
+def table(metrics: dict) -> str:
+    """The figures as a text table, one line for each medium and question type."""
+    lines = [f"{'':28}{'accuracy':>10}{'blind':>8}{'chance':>8}{'n':>6}"]
+
+    def add(name: str, row: dict) -> None:
+        lines.append(f"{name:28}{row['accuracy']:>10.3f}{row['blind']:>8.3f}{row['chance']:>8.3f}{row['n']:>6}")
+
+    for medium in ("image", "video"):
+        if medium in metrics:
+            add(medium.upper(), metrics[medium])
+            for name, part in metrics[medium]["by_source"].items():
+                add(f"  of these, {name}", part)
+            for kind, row in metrics["by_type"].items():
+                if kind.startswith(medium):
+                    add(f"  {kind.split('/')[1]}", row)
+    return "\n".join(lines)

@@ -1,0 +1,159 @@
+"""Measure the shipped foundations, and gather them from their runs: `python -m vllava.evaluation.foundations -h`."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from vllava.batch import MediumSpec
+from vllava.data.build import caption_data, conversation_data
+from vllava.errors import UserError
+from vllava.model.build import load_llm, load_tokenizer, video_llava
+from vllava.model.files import Checkpoint
+from vllava.model.languagebind import LanguageBind
+
+RECORD = "foundations.json"  # beside the assets: recipe, hash and figures of each
+RUNS = {  # asset -> the experiment that makes it
+    "languagebind-image": "align_image",
+    "languagebind-video": "align_video",
+    "clip": "clip",
+    "mae": "mae",
+    "llm": "llm",
+}
+RECIPE_KEYS = ("model", "task", "data", "trainer", "seed")
+_FRAMES = 8
+_REMEDY = "Make them with `python -m data_prep.toy foundations-test`."
+
+
+@torch.no_grad()
+def _embed(encoder: LanguageBind, kind: str, folder: Path, tokenizer_path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings of a held-out source [n, D]: media, captions, and (for videos) their middle frames' pixels [n, …]."""
+    size = encoder.config.vision_config.image_size
+    data = caption_data(
+        {kind: MediumSpec(size, 0, _FRAMES if kind == "video" else 1)},
+        load_tokenizer(str(tokenizer_path)),
+        {kind: {"held-out": str(folder)}},
+        [kind],
+        global_batch=128,
+        seed=0,
+        workers=0,
+        remedy=_REMEDY,
+    )
+    batches = [batch for step in data.train_dataloader() for batch in step.micro_batches]
+    media = torch.cat([encoder.embed_media(b.pixels) for b in batches])
+    text = torch.cat([encoder.embed_text(b.token_ids, b.attention_mask) for b in batches])
+    frames = torch.cat([b.pixels[:, _FRAMES // 2] if kind == "video" else b.pixels for b in batches])
+    return media, text, frames
+
+
+def retrieval(queries: Tensor, answers: Tensor) -> float:
+    """How often a query's nearest answer is its own, among all of them."""
+    return round((queries @ answers.T).argmax(1).eq(torch.arange(len(queries))).float().mean().item(), 4)
+
+
+@torch.no_grad()
+def perplexity(llm_path: Path, folder: Path) -> float:
+    """exp(mean loss) over the answers' tokens of held-out text."""
+    model = video_llava(load_llm(str(llm_path))).eval()
+    tokenizer = load_tokenizer(str(llm_path))
+    sources = {"text": {"held-out": str(folder)}}
+    data = conversation_data({}, tokenizer, sources, ["text"], global_batch=64, seed=0, workers=0, remedy=_REMEDY)
+    batches = [batch for step in data.train_dataloader() for batch in step.micro_batches]
+    total = sum(float(model.loss_sum(batch)) for batch in batches)
+    return round(math.exp(total / sum(batch.num_supervised for batch in batches)), 4)
+
+
+def measure(assets: Path, world: Path) -> dict[str, dict[str, float]]:
+    """The figures of every foundation that has any, on the held-out sources: retrieval among all of a source."""
+    held_out = world / "foundations"
+    tokenizer = assets / "tokenizer"
+
+    def load(name: str) -> LanguageBind:
+        return LanguageBind.from_pretrained(assets / name, dtype=torch.float32).eval()
+
+    figures: dict[str, dict[str, float]] = {}
+    image = load("languagebind-image")
+    for name, encoder in (("languagebind-image", image), ("clip", load("clip"))):
+        media, text, _ = _embed(encoder, "image", held_out / "held-out-images", tokenizer)
+        figures[name] = {"image_to_text": retrieval(media, text), "text_to_image": retrieval(text, media)}
+    media, text, frames = _embed(load("languagebind-video"), "video", held_out / "held-out-videos", tokenizer)
+    with torch.no_grad():
+        middle = image.embed_media(frames)
+    figures["languagebind-video"] = {
+        "video_to_text": retrieval(media, text),
+        "text_to_video": retrieval(text, media),
+        "image_to_video": retrieval(middle, media),  # never trained: both are aligned with text alone
+    }
+    figures["llm"] = {"perplexity": perplexity(assets / "llm", held_out / "held-out-text")}
+    return figures
+
+
+def recipe(config: dict) -> dict:
+    """The part of a run's configuration that decides what it trains, without the paths of the run itself."""
+    chosen = {key: config[key] for key in RECIPE_KEYS}
+    chosen["model"] = {key: value for key, value in chosen["model"].items() if key != "start_from"}
+    return chosen
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def gather(runs: Path, assets: Path, world: Path) -> dict:
+    """Copy each run's checkpoint to the assets, measure them, and write the record."""
+    record: dict = {}
+    for name, experiment in RUNS.items():
+        folders = sorted(runs.glob(f"{experiment}-*"))
+        if len(folders) != 1:
+            raise UserError(
+                f"Expected one run of {experiment} in {runs}, found {len(folders)}. Run `make foundations`."
+            )
+        source = folders[0] / "checkpoint"
+        source = source / "llm" if name == "llm" else source
+        shutil.rmtree(assets / name, ignore_errors=True)
+        shutil.copytree(source, assets / name)
+        config = yaml.safe_load((folders[0] / "config.yaml").read_text())
+        metrics = json.loads((folders[0] / "metrics.json").read_text())
+        record[name] = {
+            "experiment": experiment,
+            "sha256": Checkpoint(assets / name).sha256,
+            "seconds": metrics["seconds"],
+            "final_loss": round(metrics["final_tenth"]["loss"], 4),
+            "recipe": recipe(config),
+        }
+    for name, figures in measure(assets, world).items():
+        record[name]["figures"] = figures
+    (assets / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m vllava.evaluation.foundations", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--runs", type=Path, help="gather the checkpoints of these runs into the assets first")
+    parser.add_argument("--assets", type=Path, default=Path("assets"), help="where they lie (default: %(default)s)")
+    parser.add_argument("--world", type=Path, default=Path("data/toy"), help="the toy world (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        if options.runs:
+            gather(options.runs, options.assets, options.world)
+        for name, figures in measure(options.assets, options.world).items():
+            print(f"{name:20}" + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+    except UserError as error:
+        sys.exit(f"error: {error.paragraph}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

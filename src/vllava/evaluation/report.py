@@ -1,0 +1,93 @@
+"""A run's report: one HTML page that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from vllava.data.media import Preprocess
+from vllava.data.samples import Sample
+from vllava.evaluation.answers import Answer, data_uri, pictures
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
+ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+ table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums; }
+ td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #8894a8; font-weight: 600; }
+ tr.head td { font-weight: 600; padding-top: .7rem; } tr.part td:first-child { padding-left: 1.2rem; }
+ .sample { border-top: 1px solid #dde3ec; padding: .8rem 0; } .sample img { height: 72px; image-rendering: pixelated; margin: 0 3px 4px 0; }
+ .right { color: #1a7f37; } .wrong { color: #b42318; } .key { color: #6b7688; font-size: .8rem; }
+ figure { margin: 0 0 1rem; } figure img { max-width: 100%; }
+</style></head><body>
+<h1>{{ title }}</h1>
+{% if figures %}<h2>Figures</h2>
+<table><tr><th></th><th>accuracy</th><th>blind</th><th>chance</th><th>n</th></tr>
+{% for row in figures %}<tr class="{{ row.style }}"><td>{{ row.name }}</td><td>{{ "%.3f"|format(row.accuracy) }}</td>
+<td>{{ "%.3f"|format(row.blind) }}</td><td>{{ "%.3f"|format(row.chance) }}</td><td>{{ row.n }}</td></tr>
+{% endfor %}</table>
+<p>blind: the same model asked the same questions without the image or video. chance: a guess among the answers that fit.</p>{% endif %}
+{% if facts %}<h2>Run</h2><table>{% for name, value in facts.items() %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}</table>{% endif %}
+{% if plots %}<h2>Loss</h2>{% for name, uri in plots.items() %}<figure><figcaption>{{ name }}</figcaption><img alt="loss of {{ name }}" src="{{ uri }}"></figure>{% endfor %}{% endif %}
+{% if rows %}<h2>Held-out samples</h2>
+{% for row in rows %}<div class="sample"><div>{% for uri in row.pictures %}<img alt="frame {{ loop.index }}" src="{{ uri }}">{% endfor %}</div>
+<div>{{ row.question }}</div>
+<div class="{{ 'right' if row.correct else 'wrong' }}">{{ row.answer or "(no answer)" }}{% if not row.correct %} — truth: {{ row.truth }}{% endif %}</div>
+<div class="key">{{ row.key }} · {{ row.type }}</div></div>
+{% endfor %}{% endif %}
+</body></html>
+"""
+
+
+def sample_rows(samples: Sequence[Sample], answers: Sequence[Answer], preprocess: Preprocess) -> list[dict[str, Any]]:
+    """What the report shows of each sample: its pictures as data URIs, question, answer and truth."""
+    return [
+        {
+            "key": answer.key,
+            "type": f"{answer.medium}, {answer.type}",
+            "question": answer.question,
+            "answer": answer.answer,
+            "truth": answer.truth,
+            "correct": answer.correct,
+            "pictures": [data_uri(picture) for picture in pictures(sample, preprocess)],
+        }
+        for sample, answer in zip(samples, answers, strict=True)
+    ]
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    metrics: dict,
+    rows: list[dict[str, Any]],
+    plots: dict[str, Path] | None = None,
+    facts: dict | None = None,
+) -> None:
+    """Write `report.html`: evaluation figures, facts of the run, loss curves (name -> PNG file) and sample answers."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    uris = {
+        name: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+        for name, path in (plots or {}).items()
+        if path.is_file()
+    }
+    page = environment.from_string(_PAGE).render(
+        title=title, figures=list(_figures(metrics)), rows=rows, plots=uris, facts=facts or {}
+    )
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def _figures(metrics: dict) -> Any:
+    for medium in ("image", "video"):
+        if medium in metrics:
+            yield {"name": medium, "style": "head", **metrics[medium]}
+            for name, part in metrics[medium]["by_source"].items():
+                yield {"name": name, "style": "part", **part}
+            for kind, row in metrics["by_type"].items():
+                if kind.startswith(medium):
+                    yield {"name": kind.split("/")[1], "style": "part", **row}

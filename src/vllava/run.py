@@ -1,0 +1,199 @@
+"""Put a run together from its configuration and carry it out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from vllava.batch import MediumSpec
+from vllava.config import check
+from vllava.data.build import conversation_packer, sample_decoder
+from vllava.errors import UserError
+from vllava.evaluation.answers import answer_all, read_samples
+from vllava.evaluation.report import sample_rows, write_report
+from vllava.model.build import load_tokenizer
+from vllava.model.checkpoint import load_projector
+from vllava.model.device import computes_in_bf16
+from vllava.training.callbacks import History, Throughput, progress_bar
+from vllava.training.loggers import log_samples
+from vllava.training.task import Task
+
+RESUME = "resume.ckpt"  # in a run's folder while it is unfinished
+
+
+def run(cfg: DictConfig) -> None:
+    """Carry out one configuration: a chain of experiments, an evaluation, or a training run."""
+    check(cfg)
+    quiet(cfg.log_level)
+    Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+    if cfg.chain:
+        run_chain(cfg)
+    elif cfg.evaluation:
+        instantiate(cfg.evaluation)
+    else:
+        train(cfg)
+
+
+def quiet(level: str) -> None:
+    """Keep libraries' notices off the screen; our own messages are at WARNING and above."""
+    import transformers
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(level)
+    transformers.utils.logging.set_verbosity(getattr(logging, level))
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own use of torch
+    warnings.filterwarnings(
+        "ignore", message=".*module.* in eval mode at the start.*"
+    )  # frozen encoders are meant to be
+
+
+def run_chain(cfg: DictConfig) -> None:
+    """Run the experiments of a chain one after the other, each in a process and a folder of its own.
+
+    Every experiment gets the overrides of this run. A process each keeps memory apart and lets any of them
+    start several device processes, also from a sweep.
+    """
+    ours = ("+experiment=", "experiment=", "run_dir=", "runs=")
+    given = [override for override in HydraConfig.get().overrides.task if not override.startswith(ours)]
+    folder = Path(cfg.run_dir)
+    seconds = {}
+    for experiment in cfg.chain:
+        started = time.time()
+        part = folder / f"{experiment}-{cfg.ablation}-s{cfg.seed}"
+        command = [
+            sys.executable,
+            sys.argv[0],
+            f"+experiment={experiment}",
+            *given,
+            f"runs={folder}",
+            f"run_dir={part}",
+        ]
+        if subprocess.run(command).returncode != 0:
+            raise UserError(f"{experiment} failed (see above), so {cfg.experiment} stops here. Its folder: {part}.")
+        seconds[experiment] = round(time.time() - started, 1)
+    last = json.loads((part / "metrics.json").read_text())
+    seconds["total"] = round(sum(seconds.values()), 1)
+    (folder / "metrics.json").write_text(json.dumps({**last, "seconds": seconds}, indent=1) + "\n")
+    if (part / "report.html").is_file():
+        shutil.copy(part / "report.html", folder / "report.html")
+    print(f"{cfg.experiment}: done in {seconds['total']:.0f} s; figures and report in {folder}")
+
+
+def train(cfg: DictConfig) -> None:
+    """One training run: build, fit, export to `checkpoint/`, write the figures."""
+    started = time.time()
+    run_dir = Path(cfg.run_dir)
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    tokenizer = load_tokenizer(cfg.tokenizer)
+    model = instantiate(cfg.model)
+    if cfg.projector:
+        load_projector(model, Path(cfg.projector))
+    task: Task = instantiate(cfg.task)(model=model)
+    data = instantiate(cfg.data, _convert_="all")(specs=task.specs, tokenizer=tokenizer)
+    preview = Preview(cfg.preview, task.specs, tokenizer, settings) if cfg.preview else None
+    announce(cfg, task, data)
+    history = History(run_dir)
+    trainer = build_trainer(cfg, settings, [Throughput(), history, progress_bar()])
+    trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
+    if not trainer.is_global_zero:
+        return
+    task.export(run_dir / "checkpoint", tokenizer, settings)
+    (run_dir / RESUME).unlink(missing_ok=True)
+    facts = {
+        "samples": task.samples_seen * trainer.world_size,
+        "broken": len(task.broken),
+        "seconds": round(time.time() - started, 1),
+    }
+    metrics = history.finish(facts)
+    rows = preview.rows(task.model) if preview else []
+    log_samples(trainer.logger, rows)
+    write_report(run_dir, run_dir.name, {}, rows, {cfg.experiment: run_dir / "loss.png"}, metrics)
+    print(f"{cfg.experiment}: done in {time.time() - started:.0f} s; checkpoint, figures and report.html in {run_dir}")
+
+
+class Preview:
+    """A few held-out samples, read before training starts, that the trained model answers for the report."""
+
+    def __init__(self, sources: DictConfig, specs: dict[str, MediumSpec], tokenizer: Any, settings: Any) -> None:
+        data = settings["data"]
+        self.decode = sample_decoder(specs, data["image_fit"], data["decoder"])
+        self.packer = conversation_packer(specs, tokenizer, data["template"])
+        remedy = "Make them with `python -m data_prep.toy eval`."
+        self.samples = [
+            sample
+            for kind in specs
+            if kind in sources
+            for sample in read_samples(sources[kind], self.decode, remedy, limit=6)
+        ]
+
+    def rows(self, model: Any) -> list[dict[str, Any]]:
+        """What the report and the W&B table show: pictures, question, answer, truth."""
+        answers = answer_all(model.eval(), self.packer, self.samples, batch_size=len(self.samples), max_new_tokens=32)
+        return sample_rows(self.samples, answers, self.decode.preprocess)
+
+
+def unfinished(run_dir: Path, settings: Any) -> str | None:
+    """The checkpoint an interrupted run of this very configuration left behind, if there is one.
+
+    Writes the configuration to config.yaml. Raises UserError if the unfinished run had another configuration.
+    """
+    path, config = run_dir / RESUME, run_dir / "config.yaml"
+    if path.is_file() and yaml.safe_load(config.read_text()) != settings:
+        raise UserError(
+            f"{run_dir} holds an unfinished run of another configuration ({config}). Start that one again to end it, "
+            f"delete {path} to give it up, or choose another folder with run_dir=…"
+        )
+    config.write_text(yaml.safe_dump(settings, sort_keys=False))
+    if not path.is_file():
+        return None
+    print(f"resuming the interrupted run in {run_dir}", flush=True)
+    return str(path)
+
+
+def announce(cfg: DictConfig, task: Task, data: Any) -> None:
+    """Say in two lines what is about to be trained, on what."""
+    trained = ", ".join(f"{name} {count:,}" for name, count in task.trained.items())
+    total = sum(p.numel() for p in task.parameters())
+    steps = f"{data.samples:,} samples, {data.steps_per_epoch} steps of {data.global_batch} per epoch"
+    print(f"{cfg.experiment} ({cfg.ablation}, seed {cfg.seed}): trains {trained} of {total:,} parameters")
+    print(f"{steps}; run folder {cfg.run_dir}", flush=True)
+
+
+def build_trainer(cfg: DictConfig, settings: Any, callbacks: list[L.Callback]) -> L.Trainer:
+    """Lightning's Trainer as configured, with precision resolved for the device."""
+    run_dir = Path(cfg.run_dir)
+    logger = instantiate(cfg.logger)(run_dir=run_dir, name=run_dir.name, config=settings)
+    precision = cfg.trainer.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if computes_in_bf16() else "32-true"
+    saving = [
+        ModelCheckpoint(
+            run_dir,
+            filename=Path(RESUME).stem,
+            train_time_interval=timedelta(minutes=cfg.save_minutes),
+            enable_version_counter=False,
+        ),
+        OnExceptionCheckpoint(run_dir, filename=Path(RESUME).stem),
+    ]
+    return instantiate(cfg.trainer, precision=precision)(
+        logger=logger if logger is not None else False,
+        callbacks=[*callbacks, *saving],
+        default_root_dir=run_dir,
+    )

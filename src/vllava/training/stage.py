@@ -1,0 +1,39 @@
+"""The paper's training stages: next-token prediction on the answers of packed conversations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vllava.batch import Batch, MediumSpec
+from vllava.model.checkpoint import Description, save_trained
+from vllava.model.video_llava import VideoLlava
+from vllava.training.task import Task
+
+
+class Stage(Task):
+    """Stage 1 trains the projector, stage 2 the projector and the LLM (section 3.2): `trained` says which."""
+
+    model: VideoLlava
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        return self.model.loss_sum(batch)
+
+    def loss_terms(self, batch: Batch) -> int:
+        return batch.num_supervised
+
+    @property
+    def specs(self) -> dict[str, MediumSpec]:
+        return self.model.specs
+
+    def export(self, folder: Path, tokenizer: Any, settings: dict) -> None:
+        description = Description(
+            encoders={kind: settings["encoder"][kind] for kind in self.model.encoders},
+            llm=settings["tokenizer"],
+            template=settings["data"]["template"],
+            image_fit=settings["data"]["image_fit"],
+            trained=list(self.trained),
+        )
+        save_trained(self.model, tokenizer, description, folder)

@@ -1,0 +1,147 @@
+"""The training step all tasks share: accumulate the micro-batches of a global batch, clip, step."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from vllava.batch import MediumSpec, Step
+from vllava.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def freeze_all_but(model: nn.Module, trained: list[str]) -> dict[str, int]:
+    """Freeze every parameter except those of the named submodules (or parameters); returns the count of each.
+
+    This is the only place that decides what a stage trains. Raises UserError for a name the model lacks.
+    """
+    model.requires_grad_(False)
+    counts = {}
+    for name in trained:
+        chosen = [p for full, p in model.named_parameters() if f"{full}.".startswith(f"{name}.")]
+        if not chosen:
+            names = ", ".join(dict.fromkeys(full.split(".")[0] for full, _ in model.named_parameters()))
+            raise UserError(f"task.trained names {name!r}, which the model does not have; it has: {names}.")
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        counts[name] = sum(p.numel() for p in chosen)
+    return counts
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task optimises: AdamW with cosine decay (paper, Table 7 and section 4.1.3)."""
+
+    lr: float
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float = 1.0
+
+
+class Task(L.LightningModule):
+    """One optimiser step per global batch, whatever the number of devices and micro-batches.
+
+    With L(b) the summed loss of micro-batch b and n(b) its number of loss terms (supervised tokens, or pairs), a
+    step descends  sum over all micro-batches of all ranks of L(b)  /  sum of n(b): the mean over the global
+    batch, independent of how it was packed.
+    """
+
+    def __init__(self, model: nn.Module, trained: list[str], recipe: Recipe, max_broken_share: float = 0.01) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = Recipe(**recipe) if not isinstance(recipe, Recipe) else recipe
+        self.max_broken_share = max_broken_share
+        self.automatic_optimization = False
+        self.strict_loading = False  # frozen weights are not in the checkpoints
+        self.trained = freeze_all_but(model, trained)
+        self.broken: list[tuple[str, str]] = []
+        self.samples_seen = 0  # by this rank, broken ones included
+
+    def loss_sum(self, batch: Any) -> Tensor:
+        """The summed loss of a micro-batch."""
+        raise NotImplementedError
+
+    def loss_terms(self, batch: Any) -> int:
+        """How many terms `loss_sum` adds up."""
+        raise NotImplementedError
+
+    @property
+    def specs(self) -> dict[str, MediumSpec]:
+        """What the data must deliver for each medium."""
+        raise NotImplementedError
+
+    def export(self, folder: Path, tokenizer: Any, settings: dict) -> None:
+        """Write what was trained; `settings` is the run's resolved configuration."""
+        raise NotImplementedError
+
+    def training_step(self, step: Step, index: int) -> None:
+        self._count_broken(step)
+        terms = torch.tensor(float(sum(self.loss_terms(batch) for batch in step.micro_batches)), device=self.device)
+        total = self.trainer.strategy.reduce(terms, reduce_op="sum").clamp(min=1)
+        loss = torch.zeros((), device=self.device)
+        for number, batch in enumerate(step.micro_batches):
+            last = number == len(step.micro_batches) - 1
+            with nullcontext() if last else self._without_sync():
+                # Gradients are averaged over ranks: times world_size makes that average a sum.
+                share = self.loss_sum(batch) * (self.trainer.world_size / total)
+                self.manual_backward(share)
+            loss += share.detach()
+        optimizer: Any = self.optimizers()
+        gradient_norm = nn.utils.clip_grad_norm_(
+            [p for p in self.parameters() if p.requires_grad], self.recipe.clip_norm
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler: Any = self.lr_schedulers()
+        self.log("lr", scheduler.get_last_lr()[0], prog_bar=True)
+        scheduler.step()
+        self.log("loss", self.trainer.strategy.reduce(loss, reduce_op="mean"), prog_bar=True)
+        self.log("gradient_norm", gradient_norm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint to resume from holds trained weights only."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in trained}
+        checkpoint["broken"] = self.broken
+        checkpoint["samples_seen"] = self.samples_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.broken = checkpoint["broken"]
+        self.samples_seen = checkpoint["samples_seen"]
+
+    def configure_optimizers(self) -> Any:
+        recipe = self.recipe
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_cosine_schedule_with_warmup(optimizer, int(steps * recipe.warmup_ratio), steps)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _without_sync(self):
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else nullcontext()
+
+    def _count_broken(self, step: Step) -> None:
+        """Log broken samples; raises UserError once their share exceeds the limit."""
+        self.samples_seen += step.samples
+        for key, reason in step.broken:
+            log.warning("sample left out: %s: %s", key, reason)
+        self.broken += step.broken
+        # One broken sample among the first few says little: judge the share once a hundred were seen.
+        if len(self.broken) > self.max_broken_share * max(self.samples_seen, 100):
+            key, reason = self.broken[-1]
+            raise UserError(
+                f"{len(self.broken)} of the first {self.samples_seen} samples are broken, more than "
+                f"task.max_broken_share={self.max_broken_share:g} allows. The last one: {key}: {reason}. "
+                "Mend the shards, or raise the limit if leaving these samples out is what you want."
+            )
