@@ -1,0 +1,96 @@
+"""Data modules from plain settings; the model's specs and the tokenizer are added when a run is put together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllava.batch import MediumSpec
+from vllava.conversation import template as find_template
+from vllava.data.datamodule import DataModule
+from vllava.data.media import Preprocess
+from vllava.data.packing import CaptionPairs, ConversationPacker
+from vllava.data.samples import SampleDecoder
+from vllava.errors import UserError
+
+Specs = dict[str, MediumSpec]
+MODALITIES = ("image", "video", "text")
+
+
+def _chosen(sources: dict[str, dict[str, str]], modalities: list[str]) -> dict[str, str]:
+    """The folders of the wanted modalities, by "modality/name"."""
+    unknown = sorted((set(modalities) | set(sources)) - set(MODALITIES))
+    if unknown:
+        raise UserError(f"No modality is called {', '.join(unknown)}; there are: {', '.join(MODALITIES)}.")
+    return {f"{kind}/{name}": folder for kind in modalities for name, folder in sources.get(kind, {}).items()}
+
+
+def conversation_packer(
+    specs: Specs, tokenizer: Any, template: str = "vicuna_v1", max_length: int = 3072, token_budget: int = 8192
+) -> ConversationPacker:
+    """The packer of a template's name."""
+    return ConversationPacker(tokenizer, find_template(template), specs, token_budget, max_length)
+
+
+def sample_decoder(specs: Specs, image_fit: str = "crop", decoder: str = "decord") -> SampleDecoder:
+    """The decoder for a model's specs."""
+    return SampleDecoder(specs, Preprocess(fit=image_fit), decoder)
+
+
+def conversation_data(
+    specs: Specs,
+    tokenizer: Any,
+    sources: dict[str, dict[str, str]],
+    modalities: list[str],
+    global_batch: int,
+    seed: int,
+    template: str = "vicuna_v1",
+    max_length: int = 3072,
+    token_budget: int = 8192,
+    image_fit: str = "crop",
+    decoder: str = "decord",
+    remedy: str = "",
+    workers: int = -1,
+    shuffle_window: int = 64,
+) -> DataModule:
+    """Conversations in packed micro-batches, for the stages and for training a language model.
+
+    sources: modality -> name -> folder of shards; only `modalities` are used. See DataModule, ConversationPacker,
+    Preprocess and SampleDecoder for the other settings.
+    """
+    return DataModule(
+        _chosen(sources, modalities),
+        sample_decoder(specs, image_fit, decoder),
+        conversation_packer(specs, tokenizer, template, max_length, token_budget),
+        global_batch,
+        seed,
+        remedy,
+        workers,
+        shuffle_window,
+    )
+
+
+def caption_data(
+    specs: Specs,
+    tokenizer: Any,
+    sources: dict[str, dict[str, str]],
+    modalities: list[str],
+    global_batch: int,
+    seed: int,
+    max_length: int = 77,
+    image_fit: str = "crop",
+    decoder: str = "decord",
+    remedy: str = "",
+    workers: int = -1,
+    shuffle_window: int = 64,
+) -> DataModule:
+    """Media with captions, a global batch at a time, for pre-training encoders."""
+    return DataModule(
+        _chosen(sources, modalities),
+        sample_decoder(specs, image_fit, decoder),
+        CaptionPairs(tokenizer, max_length),
+        global_batch,
+        seed,
+        remedy,
+        workers,
+        shuffle_window,
+    )

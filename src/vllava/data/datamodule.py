@@ -1,0 +1,125 @@
+"""The data stream: shards in, one rank's share of each global batch out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vllava.batch import Step
+from vllava.data.samples import Sample
+from vllava.data.shards import Shard, ShardReader, epoch_order, read_manifest
+from vllava.errors import UserError
+
+
+class Assembler(Protocol):
+    """How samples become batches: `prepare` one sample (in a worker), `collate` what was prepared."""
+
+    def prepare(self, sample: Sample) -> Any: ...
+
+    def collate(self, samples: list) -> list: ...
+
+
+class ShardDataset(Dataset):
+    """Maps a list of (shard, index) rows to a Step; a broken sample is reported in it, never replaced."""
+
+    def __init__(
+        self, shards: list[Shard], decode: Callable[[str, dict[str, bytes]], Sample], assembler: Assembler, open_shards: int
+    ) -> None:
+        self.reader = ShardReader(shards, open_shards)
+        self.decode = decode
+        self.assembler = assembler
+
+    def __getitem__(self, rows: np.ndarray) -> Step:
+        prepared, broken = [], []
+        for shard, index in rows:
+            key, members = self.reader.read(int(shard), int(index))
+            try:
+                prepared.append(self.assembler.prepare(self.decode(key, members)))
+            except UserError as error:
+                broken.append((f"{self.reader.shards[shard].path}:{key}", str(error)))
+        return Step(self.assembler.collate(prepared) if prepared else [], samples=len(rows), broken=broken)
+
+
+class GlobalBatchSampler(Sampler):
+    """Yields this rank's rows of each global batch of an epoch; the first time, skips the batches before `start`.
+
+    The last batch of an epoch is smaller when the samples do not fill it: none is dropped, none repeated.
+    """
+
+    def __init__(self, shards: list[Shard], batch: int, seed: int, window: int, rank: int = 0, ranks: int = 1) -> None:
+        self.shards, self.batch, self.seed, self.window = shards, batch, seed, window
+        self.rank, self.ranks = rank, ranks
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-sum(shard.samples for shard in self.shards) // self.batch)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        order = epoch_order(self.shards, self.seed, self.epoch, self.window)
+        start, self.start = self.start, 0
+        for first in range(start * self.batch, len(order), self.batch):
+            yield order[first : first + self.batch][self.rank :: self.ranks]
+
+
+class DataModule(L.LightningDataModule):
+    """Streams the training shards of several sources, mixed, each sample once per epoch.
+
+    sources: folders of shards (name -> path); remedy: the sentence that ends a missing-shards error;
+    global_batch: samples per optimiser step, over all devices; workers: loader processes (-1: cores - 1, at most 8);
+    shuffle_window: shards mixed at a time.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, str],
+        decode: Callable[[str, dict[str, bytes]], Sample],
+        assembler: Assembler,
+        global_batch: int,
+        seed: int,
+        remedy: str = "",
+        workers: int = -1,
+        shuffle_window: int = 64,
+    ) -> None:
+        super().__init__()
+        if not sources:
+            raise UserError("data.sources is empty: name at least one folder of shards.")
+        self.shards = [shard for folder in sources.values() for shard in read_manifest(folder, remedy)]
+        self.decode, self.assembler = decode, assembler
+        self.global_batch, self.seed, self.shuffle_window = global_batch, seed, shuffle_window
+        self.workers = min(max((os.cpu_count() or 2) - 1, 1), 8) if workers < 0 else workers
+        self.samples = sum(shard.samples for shard in self.shards)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.samples // self.global_batch)
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        sampler = GlobalBatchSampler(self.shards, self.global_batch, self.seed, self.shuffle_window, rank, ranks)
+        if trainer:  # a resumed run goes on with the next unseen sample
+            sampler.start = trainer.global_step % self.steps_per_epoch
+        return DataLoader(
+            ShardDataset(self.shards, self.decode, self.assembler, open_shards=2 * self.shuffle_window),
+            batch_size=None,  # the sampler yields whole batches
+            sampler=sampler,
+            num_workers=self.workers,
+            prefetch_factor=2 if self.workers else None,
+            persistent_workers=self.workers > 0,
+            worker_init_fn=_one_thread,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,117 @@
+"""Files to pixels: decode an image or uniformly spaced frames of a video, resize, normalise. No augmentation."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vllava.errors import UserError
+
+# CLIP's normalisation, which LanguageBind keeps.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+FITS = ("crop", "pad")
+DECODERS = ("decord", "pyav")
+
+
+def frame_indices(total: int, frames: int) -> list[int]:
+    """`frames` uniformly spaced indices, first and last included, truncated as the original code does."""
+    return np.linspace(0, total - 1, frames).astype(int).tolist()
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """An image file as RGB; raises UserError if it cannot be read."""
+    try:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"unreadable image ({error})") from error
+
+
+def decode_video(data: bytes, frames: int, decoder: str = "decord") -> list[Image.Image]:
+    """`frames` uniformly spaced frames of a video file; raises UserError if it is unreadable or has none."""
+    if decoder not in DECODERS:
+        raise UserError(f"data.decoder={decoder!r} is not known; there are: {', '.join(DECODERS)}.")
+    try:
+        found = _decord_frames(data, frames) if decoder == "decord" else _pyav_frames(data, frames)
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"unreadable video ({reason[0]})") from error
+    if len(found) == 0:
+        raise UserError("the video has no frames")
+    return [Image.fromarray(frame) for frame in found]
+
+
+def _decord_frames(data: bytes, frames: int) -> np.ndarray:
+    try:
+        import decord
+    except ImportError as error:
+        raise UserError("decord is not installed here: choose data.decoder=pyav.") from error
+    reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+    total = len(reader)
+    return reader.get_batch(frame_indices(total, frames)).asnumpy() if total else np.empty(0)
+
+
+def _pyav_frames(data: bytes, frames: int) -> list[np.ndarray]:
+    import av
+
+    with av.open(io.BytesIO(data)) as container:
+        if not container.streams.video:
+            return []
+        decoded = list(container.decode(video=0))
+        indices = frame_indices(len(decoded), frames) if decoded else []
+        return [decoded[i].to_ndarray(format="rgb24") for i in indices]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Pictures to normalised pixels.
+
+    `fit` is "crop" (short side to the size, centre crop: the paper, 4.1.3) or "pad" (pad to a square with
+    the mean colour, then resize: the original's second stage). Frames of videos are always cropped.
+    """
+
+    fit: str = "crop"
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise UserError(f"data.image_fit={self.fit!r} is not known; there are: {', '.join(FITS)}.")
+
+    def image(self, picture: Image.Image, size: int) -> Tensor:
+        """One picture as [3, size, size]."""
+        square = self._pad(picture) if self.fit == "pad" else picture
+        return self._normalise(_crop(square, size))
+
+    def video(self, pictures: list[Image.Image], size: int) -> Tensor:
+        """Frames as [F, 3, size, size]."""
+        return torch.stack([self._normalise(_crop(picture, size)) for picture in pictures])
+
+    def _pad(self, picture: Image.Image) -> Image.Image:
+        side = max(picture.size)
+        if picture.size == (side, side):
+            return picture
+        canvas = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in self.mean))
+        canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        return canvas
+
+    def _normalise(self, picture: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+
+def _crop(picture: Image.Image, size: int) -> Image.Image:
+    """Short side to `size` (bicubic), then the centre square."""
+    width, height = picture.size
+    if (width, height) == (size, size):
+        return picture
+    scale = size / min(width, height)
+    width, height = max(size, round(width * scale)), max(size, round(height * scale))
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
