@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from data_prep.shards import MANIFEST, PLACEHOLDERS, write_manifest, write_shard
@@ -27,7 +28,7 @@ from data_prep.toy_language import (
     questions,
 )
 from data_prep.toy_render import encode_jpeg, encode_mp4, render
-from data_prep.toy_scene import Scene, draw_clip, draw_picture
+from data_prep.toy_scene import MAX_THINGS, Scene, draw_clip, draw_picture
 
 SHARD_SAMPLES = 512
 STILL_TYPES = ("colour", "shape", "size", "position", "count", "relation", "exist")
@@ -40,8 +41,9 @@ class Source:
 
     name: str
     medium: str  # image | video | text
-    talk: str  # caption | brief caption | questions | test
+    talk: str  # caption | questions | test
     samples: int
+    most: int = MAX_THINGS  # things in a picture
     rounds: int = 6  # questions asked about a scene, at most
     novel: bool = False  # contains colour-shape pairs that no training source contains
 
@@ -52,9 +54,9 @@ SPLITS: dict[str, tuple[Source, ...]] = {
         Source("stage1/videos", "video", "caption", 3000),
     ),
     "stage2": (
-        Source("stage2/images", "image", "questions", 4000),
-        Source("stage2/videos", "video", "questions", 4500),
-        Source("stage2/text", "text", "questions", 500),
+        Source("stage2/images", "image", "questions", 8000),
+        Source("stage2/videos", "video", "questions", 9000),
+        Source("stage2/text", "text", "questions", 1000),
     ),
     "eval": (
         Source("eval/images", "image", "test", 560),
@@ -63,8 +65,11 @@ SPLITS: dict[str, tuple[Source, ...]] = {
         Source("eval/novel-videos", "video", "test", 140, novel=True),
     ),
     "foundations": (
-        Source("foundations/images", "image", "brief caption", 40_000),
-        Source("foundations/videos", "video", "brief caption", 16_000),
+        # A contrastive encoder tells crowded pictures apart by colours and places alone; where there is one thing,
+        # it has to learn shapes.
+        Source("foundations/single-images", "image", "caption", 20_000, most=1),
+        Source("foundations/images", "image", "caption", 20_000),
+        Source("foundations/videos", "video", "caption", 16_000),
         Source("foundations/text", "text", "questions", 48_000, rounds=16),
     ),
     "foundations-test": (
@@ -106,7 +111,8 @@ def _samples(source: Source, seed: int, shard: int, count: int) -> Iterator[tupl
     for index in range(count):
         number = shard * SHARD_SAMPLES + index
         key = f"{slug}-{number:06d}"
-        draw = {"image": draw_picture, "video": draw_clip}.get(source.medium) or rng.choice((draw_picture, draw_clip))
+        clip = source.medium == "video" or (source.medium == "text" and rng.choice((False, True)))
+        draw = draw_clip if clip else partial(draw_picture, most=source.most)
         record: dict = {"id": key, "source": f"toy-{slug}"}
         if source.talk == "test":
             types = STILL_TYPES if source.medium == "image" else (*TEMPORAL_TYPES, *STILL_TYPES)
@@ -117,8 +123,8 @@ def _samples(source: Source, seed: int, shard: int, count: int) -> Iterator[tupl
         else:
             scene = draw(rng)
             seen = PLACEHOLDERS.get(source.medium) or in_words(scene, rng)
-            if source.talk.endswith("caption"):
-                record["conversations"] = caption_conversation(scene, rng, seen, brief=source.talk == "brief caption")
+            if source.talk == "caption":
+                record["conversations"] = caption_conversation(scene, rng, seen)
             else:
                 record["conversations"] = question_conversation(scene, rng, seen, source.rounds)
         yield key, record, _media(source.medium, scene)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-IMAGE_SIZE = 64  # pixels, square
+IMAGE_SIZE = 48  # pixels, square
 CLIP_FRAMES = 16  # frames of a clip, at CLIP_FPS
 CLIP_FPS = 8
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES = ("small", "large")
-RADIUS = {"small": 6.0, "large": 9.5}  # pixels
-CELL = 20.0  # pixels between the centres of neighbouring cells of the 3 x 3 grid
+RADIUS = {"small": 4.6, "large": 7.3}  # pixels
+CELL = 16.0  # pixels between the centres of neighbouring cells of the 3 x 3 grid
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MAX_THINGS = 4
 
@@ -129,7 +129,7 @@ def _draw_pairs(rng: random.Random, count: int, novel: bool) -> list[tuple[str, 
 
 def _place(rng: random.Random, pairs: list[tuple[str, str]], cells: list[tuple[int, int]]) -> tuple[Thing, ...]:
     return tuple(
-        Thing(colour, shape, rng.choice(SIZES), column, row, (rng.uniform(-2.5, 2.5), rng.uniform(-2.5, 2.5)))
+        Thing(colour, shape, rng.choice(SIZES), column, row, (rng.uniform(-2, 2), rng.uniform(-2, 2)))
         for (colour, shape), (column, row) in zip(pairs, cells, strict=True)
     )
 
@@ -137,9 +137,9 @@ def _place(rng: random.Random, pairs: list[tuple[str, str]], cells: list[tuple[i
 _GRID = [(column, row) for row in range(3) for column in range(3)]
 
 
-def draw_picture(rng: random.Random, novel: bool = False) -> Scene:
-    """A still scene of one to four things in different cells."""
-    pairs = _draw_pairs(rng, rng.randint(1, MAX_THINGS), novel)
+def draw_picture(rng: random.Random, novel: bool = False, most: int = MAX_THINGS) -> Scene:
+    """A still scene of one to `most` things in different cells."""
+    pairs = _draw_pairs(rng, rng.randint(1, most), novel)
     things = list(_place(rng, pairs, rng.sample(_GRID, len(pairs))))
     rng.shuffle(things)
     return Scene(tuple(things), rng.getrandbits(32))

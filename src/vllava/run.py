@@ -155,7 +155,7 @@ def unfinished(run_dir: Path, settings: Any) -> str | None:
     Writes the configuration to config.yaml. Raises UserError if the unfinished run had another configuration.
     """
     path, config = run_dir / RESUME, run_dir / "config.yaml"
-    if path.is_file() and yaml.safe_load(config.read_text()) != settings:
+    if path.is_file() and (not config.is_file() or yaml.safe_load(config.read_text()) != settings):
         raise UserError(
             f"{run_dir} holds an unfinished run of another configuration ({config}). Start that one again to end it, "
             f"delete {path} to give it up, or choose another folder with run_dir=…"

@@ -16,6 +16,8 @@ from vllava.data.samples import Sample
 from vllava.data.shards import Shard, ShardReader, epoch_order, read_manifest
 from vllava.errors import UserError
 
+Decoder = Callable[[str, dict[str, bytes]], Sample]  # a key and its members by extension, to a sample
+
 
 class Assembler(Protocol):
     """How samples become batches: `prepare` one sample (in a worker), `collate` what was prepared."""
@@ -28,9 +30,7 @@ class Assembler(Protocol):
 class ShardDataset(Dataset):
     """Maps a list of (shard, index) rows to a Step; a broken sample is reported in it, never replaced."""
 
-    def __init__(
-        self, shards: list[Shard], decode: Callable[[str, dict[str, bytes]], Sample], assembler: Assembler, open_shards: int
-    ) -> None:
+    def __init__(self, shards: list[Shard], decode: Decoder, assembler: Assembler, open_shards: int) -> None:
         self.reader = ShardReader(shards, open_shards)
         self.decode = decode
         self.assembler = assembler
@@ -82,7 +82,7 @@ class DataModule(L.LightningDataModule):
     def __init__(
         self,
         sources: dict[str, str],
-        decode: Callable[[str, dict[str, bytes]], Sample],
+        decode: Decoder,
         assembler: Assembler,
         global_batch: int,
         seed: int,

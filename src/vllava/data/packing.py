@@ -124,9 +124,8 @@ class CaptionPairs:
         answers = [message["value"] for message in sample.conversation if message["from"] == "gpt"]
         if not sample.media or not answers:
             raise UserError("an image-caption pair needs one medium and one answer")
-        text = self.tokenizer.bos_token + answers[0]
-        ids = self.tokenizer(text, add_special_tokens=False, truncation=True, max_length=self.max_length - 1)["input_ids"]
-        return sample.media[0].pixels, [*ids, self.tokenizer.eos_token_id]
+        ids = self.tokenizer(self.tokenizer.bos_token + answers[0], add_special_tokens=False)["input_ids"]
+        return sample.media[0].pixels, [*ids[: self.max_length - 1], self.tokenizer.eos_token_id]
 
     def collate(self, pairs: list[tuple[Tensor, list[int]]]) -> list[CaptionBatch]:
         """One batch: contrastive learning compares all pairs with each other."""

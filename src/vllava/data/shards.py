@@ -51,7 +51,8 @@ def epoch_order(shards: list[Shard], seed: int, epoch: int, window: int) -> np.n
     parts = []
     for start in range(0, len(shards), window):
         chosen = shuffled[start : start + window]
-        rows = np.concatenate([np.stack([np.full(shards[i].samples, i), np.arange(shards[i].samples)], 1) for i in chosen])
+        counts = [shards[i].samples for i in chosen]
+        rows = np.stack([np.repeat(chosen, counts), np.concatenate([np.arange(count) for count in counts])], axis=1)
         parts.append(rng.permutation(rows))
     return np.concatenate(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from vllava.model.video_llava import VideoLlava
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer saved at `path`; raises UserError if there is none, or if it is not a fast one."""
+    _local_or_hub(path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -37,10 +39,18 @@ def load_tokenizer(path: str) -> Any:
 
 def load_llm(path: str) -> nn.Module:
     """Any causal LM that `transformers` can load, in float32, with attention over packed rows."""
+    _local_or_hub(path, "language model")
     try:
         return AutoModelForCausalLM.from_pretrained(path, attn_implementation=PACKED, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"No language model at {path} ({str(error).splitlines()[0]}).") from error
+
+
+def _local_or_hub(path: str, what: str) -> None:
+    """Raises UserError for a folder that is not there, which `transformers` would go and look for on a hub."""
+    folder = Path(path)
+    if not folder.exists() and (folder.is_absolute() or Path(folder.parts[0]).exists()):
+        raise UserError(f"No {what} at {path}: there is no such folder.")
 
 
 def fresh_llm(tokenizer_path: str, **architecture: Any) -> nn.Module:
@@ -75,6 +85,8 @@ def languagebind(
         projection_dim=projection_dim,
     )
     model = LanguageBind._from_config(config, attn_implementation=PACKED)
+    # CLIP's own start, 0.02, drowns in the patches' contents: a small encoder then never learns where things are.
+    nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.3)
     if start_from is not None:
         missing, left_over = model.load_state_dict(Checkpoint(start_from).tensors(), strict=False)
         if left_over or any("temporal" not in name for name in missing):

@@ -89,13 +89,14 @@ class Task(L.LightningModule):
         terms = torch.tensor(float(sum(self.loss_terms(batch) for batch in step.micro_batches)), device=self.device)
         total = self.trainer.strategy.reduce(terms, reduce_op="sum").clamp(min=1)
         loss = torch.zeros((), device=self.device)
-        for number, batch in enumerate(step.micro_batches):
-            last = number == len(step.micro_batches) - 1
-            with nullcontext() if last else self._without_sync():
+        batches = step.micro_batches or [None]  # a rank without samples still takes part in the gradients' sum
+        for number, batch in enumerate(batches):
+            with nullcontext() if number == len(batches) - 1 else self._without_sync():
+                part = self._zero() if batch is None else self.loss_sum(batch)
                 # Gradients are averaged over ranks: times world_size makes that average a sum.
-                share = self.loss_sum(batch) * (self.trainer.world_size / total)
-                self.manual_backward(share)
-            loss += share.detach()
+                part = part * (self.trainer.world_size / total)
+                self.manual_backward(part)
+            loss += part.detach()
         optimizer: Any = self.optimizers()
         gradient_norm = nn.utils.clip_grad_norm_(
             [p for p in self.parameters() if p.requires_grad], self.recipe.clip_norm
@@ -126,6 +127,10 @@ class Task(L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, int(steps * recipe.warmup_ratio), steps)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _zero(self) -> Tensor:
+        """A loss of zero in which every trained parameter has a part."""
+        return torch.stack([p.sum() * 0 for p in self.parameters() if p.requires_grad]).sum()
 
     def _without_sync(self):
         strategy = self.trainer.strategy
