@@ -3,6 +3,7 @@
 import sys
 
 import hydra
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from vllava.config import register_resolvers
@@ -16,8 +17,13 @@ register_resolvers()
 def main(cfg: DictConfig) -> None:
     try:
         run(cfg)
-    except UserError as error:
-        sys.exit(f"error: {error.paragraph}")
+    except (UserError, InstantiationException) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__  # Hydra wraps what a constructor raised
+        if cause is None:
+            raise
+        sys.exit(f"error: {cause.paragraph}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from data_prep.toy_language import (
     questions,
 )
 from data_prep.toy_render import encode_jpeg, encode_mp4, render
-from data_prep.toy_scene import MAX_THINGS, Scene, draw_clip, draw_picture
+from data_prep.toy_scene import MAX_THINGS, POPULAR_PAIRS, Scene, draw_clip, draw_picture
 
 SHARD_SAMPLES = 512
 STILL_TYPES = ("colour", "shape", "size", "position", "count", "relation", "exist")
@@ -85,16 +85,26 @@ def _stream(seed: int, source: Source, shard: int) -> random.Random:
 
 
 def _test_question(
-    draw: Callable[[random.Random, bool], Scene], novel: bool, rng: random.Random, types: tuple[str, ...], index: int
+    draw: Callable[..., Scene], novel: bool, rng: random.Random, types: tuple[str, ...], index: int
 ) -> tuple[Scene, Question]:
-    """A scene and a question of the type whose turn it is, its answer drawn evenly from the possible ones."""
+    """A scene and a question of the type whose turn it is, such that its words do not give its answer away.
+
+    The answer is drawn evenly from the possible ones before a scene is looked for, and no colour-shape pair is
+    drawn more often than another, as training data does.
+    """
     wanted = types[index % len(types)]
-    target = None  # the answer, decided from the first question found so that each option is equally likely
+    if wanted == "exist":
+        probe, present = PROBES[index // len(types) % 3], rng.random() < 0.5
+        while True:
+            scene = draw(rng, novel, even=True)
+            question = existence(scene, rng, probe, present)
+            popular = any(f"{colour} {shape}" in question.text for colour, shape in POPULAR_PAIRS)
+            recoloured = any(event.kind == "recolour" for event in scene.events)
+            if not recoloured and (popular or probe != "popular"):
+                return scene, question
+    target = None
     while True:
-        scene = draw(rng, novel)
-        if wanted == "exist":
-            turn = index // len(types)
-            return scene, existence(scene, rng, PROBES[turn % 3], present=rng.random() < 0.5)
+        scene = draw(rng, novel, even=True)
         for question in questions(scene, rng):
             if question.type != wanted:
                 continue

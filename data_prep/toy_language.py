@@ -207,6 +207,7 @@ def existence(scene: Scene, rng: random.Random, probe: str, present: bool) -> Qu
             "adversarial": [
                 [p for p in KNOWN_PAIRS if p not in here and p[0] in colours and p[1] in shapes],
                 [p for p in KNOWN_PAIRS if p not in here and p[0] in colours],
+                [p for p in KNOWN_PAIRS if p not in here],
             ],
         }[probe]
         colour, shape = rng.choice(next(pool for pool in pools if pool))

@@ -32,7 +32,7 @@ def _coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
     elif shape == "ring":
         distance = np.abs(np.hypot(dx, dy) - radius * 0.75) - radius * 0.28
     elif shape == "square":
-        distance = np.maximum(np.abs(dx), np.abs(dy)) - radius * 0.9
+        distance = np.maximum(np.abs(dx), np.abs(dy)) - radius  # as wide as the circle: its corners tell them apart
     elif shape == "cross":
         ax, ay = np.abs(dx), np.abs(dy)
         arm, reach = radius * 0.33, radius

@@ -9,15 +9,15 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-IMAGE_SIZE = 48  # pixels, square
+IMAGE_SIZE = 64  # pixels, square
 CLIP_FRAMES = 16  # frames of a clip, at CLIP_FPS
 CLIP_FPS = 8
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES = ("small", "large")
-RADIUS = {"small": 4.6, "large": 7.3}  # pixels
-CELL = 16.0  # pixels between the centres of neighbouring cells of the 3 x 3 grid
+RADIUS = {"small": 6.2, "large": 9.8}  # pixels
+CELL = IMAGE_SIZE / 3  # pixels between the centres of neighbouring cells of the 3 x 3 grid
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 MAX_THINGS = 4
 
@@ -41,7 +41,7 @@ class Thing:
     size: str
     column: int
     row: int
-    jitter: tuple[float, float] = (0.0, 0.0)  # pixels
+    jitter: tuple[float, float] = (0.0, 0.0)  # of a cell
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -97,8 +97,8 @@ class Scene:
         """The state of a thing at a frame."""
         item = self.things[thing]
         visible, colour = True, item.colour
-        x = IMAGE_SIZE / 2 + (item.column - 1) * CELL + item.jitter[0]
-        y = IMAGE_SIZE / 2 + (item.row - 1) * CELL + item.jitter[1]
+        x = IMAGE_SIZE / 2 + (item.column - 1 + item.jitter[0]) * CELL
+        y = IMAGE_SIZE / 2 + (item.row - 1 + item.jitter[1]) * CELL
         for event in self.events:
             if event.thing != thing:
                 continue
@@ -117,11 +117,14 @@ class Scene:
         return State(visible, colour, x, y)
 
 
-def _draw_pairs(rng: random.Random, count: int, novel: bool) -> list[tuple[str, str]]:
-    """`count` different colour-shape pairs; with `novel`, the first of them is one that training never shows."""
+def _draw_pairs(rng: random.Random, count: int, novel: bool, even: bool) -> list[tuple[str, str]]:
+    """`count` different colour-shape pairs; with `novel`, the first of them is one that training never shows.
+
+    With `even`, no pair is drawn more often than another.
+    """
     pairs = [rng.choice(sorted(NOVEL_PAIRS))] if novel else []
     while len(pairs) < count:
-        pair = rng.choices(KNOWN_PAIRS, _PAIR_WEIGHTS)[0]
+        pair = rng.choices(KNOWN_PAIRS, None if even else _PAIR_WEIGHTS)[0]
         if pair not in pairs:
             pairs.append(pair)
     return pairs
@@ -129,7 +132,7 @@ def _draw_pairs(rng: random.Random, count: int, novel: bool) -> list[tuple[str, 
 
 def _place(rng: random.Random, pairs: list[tuple[str, str]], cells: list[tuple[int, int]]) -> tuple[Thing, ...]:
     return tuple(
-        Thing(colour, shape, rng.choice(SIZES), column, row, (rng.uniform(-2, 2), rng.uniform(-2, 2)))
+        Thing(colour, shape, rng.choice(SIZES), column, row, (rng.uniform(-1 / 8, 1 / 8), rng.uniform(-1 / 8, 1 / 8)))
         for (colour, shape), (column, row) in zip(pairs, cells, strict=True)
     )
 
@@ -137,19 +140,19 @@ def _place(rng: random.Random, pairs: list[tuple[str, str]], cells: list[tuple[i
 _GRID = [(column, row) for row in range(3) for column in range(3)]
 
 
-def draw_picture(rng: random.Random, novel: bool = False, most: int = MAX_THINGS) -> Scene:
+def draw_picture(rng: random.Random, novel: bool = False, even: bool = False, most: int = MAX_THINGS) -> Scene:
     """A still scene of one to `most` things in different cells."""
-    pairs = _draw_pairs(rng, rng.randint(1, most), novel)
+    pairs = _draw_pairs(rng, rng.randint(1, most), novel, even)
     things = list(_place(rng, pairs, rng.sample(_GRID, len(pairs))))
     rng.shuffle(things)
     return Scene(tuple(things), rng.getrandbits(32))
 
 
-def draw_clip(rng: random.Random, novel: bool = False) -> Scene:
+def draw_clip(rng: random.Random, novel: bool = False, even: bool = False) -> Scene:
     """A clip of one to three things and one story: move, two moves, appear, vanish, recolour or blink."""
     story = rng.choice(("move", "move", "moves", "appear", "vanish", "recolour", "blink"))
     count = rng.randint(2, 3) if story in ("moves", "appear", "vanish") else rng.randint(1, 3)
-    pairs = _draw_pairs(rng, count, novel)
+    pairs = _draw_pairs(rng, count, novel, even)
     rng.shuffle(pairs)
     cells, moves = _plan_cells(rng, count, movers={"move": 1, "moves": 2}.get(story, 0))
     things = _place(rng, pairs, cells)

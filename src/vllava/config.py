@@ -45,7 +45,7 @@ def register_resolvers() -> None:
 
 def check(cfg: DictConfig) -> None:
     """Raises UserError for an experiment not chosen, a key nobody reads, or a value that is missing."""
-    if OmegaConf.is_missing(cfg, "experiment"):
+    if cfg.experiment is None:
         raise UserError(
             f"Choose what to run: python train.py +experiment=NAME, with NAME one of {_names('experiment')}."
         )
@@ -53,14 +53,15 @@ def check(cfg: DictConfig) -> None:
     if [group for group in groups if group in ("experiment", "ablation")] == ["ablation", "experiment"]:
         raise UserError("Put +ablation=… after +experiment=… on the command line: the later one has the last word.")
     _known("the configuration", set(cfg), TOP_LEVEL)
+    written = typing.cast(dict, OmegaConf.to_container(cfg, resolve=False))
+    for key in sorted(TOP_LEVEL & set(written)):
+        _check_node(key, written[key])
+    if cfg.chain:
+        return  # its experiments are checked when they run
     try:
-        if not cfg.chain:
-            OmegaConf.to_container(cfg.evaluation or cfg, resolve=True, throw_on_missing=True)
-        plain = typing.cast(dict, OmegaConf.to_container(cfg, resolve=True))
+        OmegaConf.to_container(cfg.evaluation or cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration is not complete: {str(error).splitlines()[0]}.") from error
-    for key in sorted(TOP_LEVEL & set(plain)):
-        _check_node(key, plain[key])
 
 
 def _names(group: str) -> str:

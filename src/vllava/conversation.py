@@ -162,6 +162,8 @@ def _bos(tokenizer: Any) -> str:
 
 
 def _check(conversation: Sequence[Message]) -> None:
+    if not isinstance(conversation, Sequence) or isinstance(conversation, str):
+        raise UserError(f"the conversation is not a list of turns but {type(conversation).__name__}")
     if not conversation:
         raise UserError("the conversation is empty: it needs at least one human turn")
     for index, message in enumerate(conversation):

@@ -28,7 +28,7 @@ def decode_image(data: bytes) -> Image.Image:
     """An image file as RGB; raises UserError if it cannot be read."""
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"unreadable image ({error})") from error
 
 
@@ -38,7 +38,9 @@ def decode_video(data: bytes, frames: int, decoder: str = "decord") -> list[Imag
         raise UserError(f"data.decoder={decoder!r} is not known; there are: {', '.join(DECODERS)}.")
     try:
         found = _decord_frames(data, frames) if decoder == "decord" else _pyav_frames(data, frames)
-    except (OSError, RuntimeError, ValueError, IndexError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise whatever they like at a damaged file
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"unreadable video ({reason[0]})") from error
     if len(found) == 0:

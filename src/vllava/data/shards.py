@@ -33,6 +33,8 @@ def read_manifest(folder: str | Path, remedy: str) -> list[Shard]:
         shards = [Shard(folder / entry["name"], int(entry["samples"])) for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a shard manifest ({error!r}). {remedy}") from error
+    if not any(shard.samples for shard in shards):
+        raise UserError(f"{path} lists no samples. {remedy}")
     for shard in shards:
         if not shard.path.is_file():
             raise UserError(f"{shard.path} is listed in {path} but does not exist. {remedy}")

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from vllava.batch import MEDIA_KINDS
 from vllava.data.build import conversation_packer, sample_decoder
+from vllava.errors import UserError
 from vllava.evaluation.answers import Answer, answer_all, read_samples
 from vllava.evaluation.report import sample_rows, write_report
 from vllava.model.checkpoint import load
@@ -36,6 +38,8 @@ def evaluate(
     missing checkpoint or shards.
     """
     started = time.time()
+    if unknown := sorted(set(sources) - set(MEDIA_KINDS)):
+        raise UserError(f"evaluation.sources names {', '.join(unknown)}; there are: {', '.join(MEDIA_KINDS)}.")
     model, tokenizer, description = load(checkpoint)
     model.to(best_device())
     decode = sample_decoder(model.specs, description.image_fit, decoder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,37 @@ def _local_or_hub(path: str, what: str) -> None:
         raise UserError(f"No {what} at {path}: there is no such folder.")
 
 
-def fresh_llm(tokenizer_path: str, **architecture: Any) -> nn.Module:
-    """A randomly initialised Llama for the tokenizer saved at `tokenizer_path`; `architecture` as in LlamaConfig."""
+def fresh_llm(
+    tokenizer_path: str,
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int | None = None,
+    max_position_embeddings: int = 4096,
+    tie_word_embeddings: bool = False,
+    initializer_range: float = 0.02,
+) -> nn.Module:
+    """A randomly initialised Llama for the tokenizer saved at `tokenizer_path`; settings as in LlamaConfig."""
     tokenizer = load_tokenizer(tokenizer_path)
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = LlamaConfig(vocab_size=len(tokenizer), **ids, **architecture)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads or num_attention_heads,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=tie_word_embeddings,
+        initializer_range=initializer_range,
+        **_special_ids(tokenizer),
+    )
     config._attn_implementation = PACKED
     return LlamaForCausalLM(config)
+
+
+def _special_ids(tokenizer: Any) -> dict[str, int]:
+    return {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def video_llava(
@@ -69,8 +94,36 @@ def video_llava(
     return VideoLlava(llm, image_encoder, video_encoder)
 
 
+@dataclass(frozen=True)
+class _Tower:
+    """What both towers' settings have in common; names as in `transformers`."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+
+
+@dataclass(frozen=True)
+class VisionSettings(_Tower):
+    """A vision tower; `add_time_attn` and `num_frames` make it one for videos."""
+
+    image_size: int
+    patch_size: int
+    add_time_attn: bool = False
+    num_frames: int = 1
+
+
+@dataclass(frozen=True)
+class TextSettings(_Tower):
+    """A text tower."""
+
+    max_position_embeddings: int
+
+
 def languagebind(
-    vision: dict, text: dict, projection_dim: int, tokenizer_path: str, start_from: str | None = None
+    vision: VisionSettings, text: TextSettings, projection_dim: int, tokenizer_path: str, start_from: str | None = None
 ) -> LanguageBind:
     """A fresh LanguageBind, or one that starts from the checkpoint folder `start_from`.
 
@@ -78,10 +131,9 @@ def languagebind(
     attention whose output is zero, so it begins as the image encoder on every frame.
     """
     tokenizer = load_tokenizer(tokenizer_path)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = CLIPConfig(
-        vision_config=dict(vision),
-        text_config={"vocab_size": len(tokenizer), **special, **text},
+        vision_config=_plain(VisionSettings, vision),
+        text_config={"vocab_size": len(tokenizer), **_special_ids(tokenizer), **_plain(TextSettings, text)},
         projection_dim=projection_dim,
     )
     model = LanguageBind._from_config(config, attn_implementation=PACKED)
@@ -97,6 +149,24 @@ def languagebind(
     return model
 
 
-def mae(**architecture: Any) -> ViTMAEForPreTraining:
-    """A fresh masked autoencoder; `architecture` as in ViTMAEConfig."""
-    return ViTMAEForPreTraining(ViTMAEConfig(**architecture))
+def _plain(kind: Any, settings: Any) -> dict[str, Any]:
+    """Settings, given as a mapping or as the dataclass, with their defaults."""
+    return asdict(settings if isinstance(settings, kind) else kind(**settings))
+
+
+def mae(
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    image_size: int,
+    patch_size: int,
+    decoder_hidden_size: int,
+    decoder_intermediate_size: int,
+    decoder_num_hidden_layers: int,
+    decoder_num_attention_heads: int,
+    mask_ratio: float = 0.75,
+    norm_pix_loss: bool = True,
+) -> ViTMAEForPreTraining:
+    """A fresh masked autoencoder; settings as in ViTMAEConfig."""
+    return ViTMAEForPreTraining(ViTMAEConfig(**locals()))

@@ -6,7 +6,7 @@ LLM was trained. Frozen encoders, and an LLM that was not trained, stay where th
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,18 +72,31 @@ def load(folder: str | Path) -> tuple[VideoLlava, Any, Description]:
     folder = Path(folder)
     description = read_description(folder)
     llm_path = str(folder / LLM) if description.llm == LLM else description.llm
+    if "llm" in description.sha256 and Checkpoint(llm_path).sha256 != description.sha256["llm"]:
+        raise UserError(
+            f"{folder} was trained with another LLM than {llm_path} (their hashes differ). Use the one it was trained "
+            "with, or train a projector for this one."
+        )
     encoders = {kind: _encoder(settings) for kind, settings in description.encoders.items()}
     model = video_llava(load_llm(llm_path), encoders.get("image"), encoders.get("video"))
-    load_projector(model, folder / PROJECTOR)
+    if model.encoders:
+        load_projector(model, folder / PROJECTOR)
     return model.eval(), load_tokenizer(llm_path), description
 
 
 def _encoder(settings: dict) -> Encoder:
-    module, _, name = settings["_target_"].rpartition(".")
-    if not module.startswith("vllava."):  # a checkpoint may come from a stranger: it must not name any code it likes
-        raise UserError(f"The checkpoint names an encoder outside this package ({settings['_target_']}): not loaded.")
-    build = getattr(importlib.import_module(module), name)
-    return build(**{key: value for key, value in settings.items() if key != "_target_"})
+    """Build an encoder; a checkpoint may come from a stranger, so it can name nothing but an encoder of ours."""
+    target = str(settings.get("_target_"))
+    module, _, name = target.rpartition(".")
+    found = None
+    if module.startswith("vllava.model.") and importlib.util.find_spec(module):
+        found = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(found, type) and issubclass(found, Encoder) and found.__module__ == module):
+        raise UserError(f"The checkpoint names an encoder outside this package ({target}): not loaded.")
+    try:
+        return found(**{key: value for key, value in settings.items() if key != "_target_"})  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UserError(f"The checkpoint's settings do not fit {target}: {error}.") from error
 
 
 def load_projector(model: VideoLlava, path: Path) -> None:

@@ -30,6 +30,13 @@ class Encoder(nn.Module):
         self.sha256 = checkpoint.sha256  # a trained model refers to its encoders by this
 
 
+def require_hidden_state(checkpoint: Checkpoint, feature_layer: int, layers: int) -> int:
+    """The number of layers below a hidden state, counted as `transformers` does; raises UserError if it has none."""
+    depth = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+    checkpoint.require(0 <= depth <= layers, f"has {layers} layers and no hidden state feature_layer={feature_layer}")
+    return depth
+
+
 class ClipEncoder(Encoder):
     """The vision tower of a LanguageBind or CLIP checkpoint.
 
@@ -45,6 +52,7 @@ class ClipEncoder(Encoder):
         self.video = medium == "video"
         temporal = getattr(config, "add_time_attn", False)
         checkpoint.require(temporal or not self.video, "has no temporal attention: it is not an encoder for videos")
+        require_hidden_state(checkpoint, feature_layer, config.num_hidden_layers)
         checkpoint.require(self.video or not temporal, "has temporal attention: it is not an encoder for images")
         patches = (config.image_size // config.patch_size) ** 2
         frames = config.num_frames if self.video else 1
@@ -76,12 +84,26 @@ class MaeEncoder(Encoder):
         checkpoint = Checkpoint(path)
         super().__init__(checkpoint)
         layers = checkpoint.config["num_hidden_layers"]
-        depth = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+        depth = require_hidden_state(checkpoint, feature_layer, layers)
+        checkpoint.tensors()  # a damaged file is reported in our words
         transformers_logging.set_verbosity_error()  # we judge the loading report ourselves
         self.vit, report = ViTMAEModel.from_pretrained(
-            path, mask_ratio=0.0, num_hidden_layers=depth, dtype=torch.float32, output_loading_info=True
+            path,
+            mask_ratio=0.0,
+            num_hidden_layers=depth,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
+        later = tuple(f".{i}." for i in range(depth, layers))
+        left_over = [
+            key
+            for key in report["unexpected_keys"]
+            if not key.startswith("decoder.") and not any(layer in key for layer in later)
+        ]
         checkpoint.require(not report["missing_keys"], f"lacks {sorted(report['missing_keys'])}")
+        checkpoint.require(not left_over, f"has tensors left over: {sorted(left_over)}")
+        checkpoint.require(not report["mismatched_keys"], f"has other shapes: {sorted(report['mismatched_keys'])}")
         self.vit.layernorm = nn.Identity()  # a hidden state before the last one has no final layer norm
         self.spec = MediumSpec(self.vit.config.image_size, self.vit.embeddings.patch_embeddings.num_patches)
         self.hidden_size = self.vit.config.hidden_size

@@ -84,15 +84,21 @@ class Task(L.LightningModule):
         """Write what was trained; `settings` is the run's resolved configuration."""
         raise NotImplementedError
 
+    def on_train_start(self) -> None:
+        self.model.train()  # models come from disk in evaluation mode, and Lightning leaves modes as they are
+
     def training_step(self, step: Step, index: int) -> None:
         self._count_broken(step)
         terms = torch.tensor(float(sum(self.loss_terms(batch) for batch in step.micro_batches)), device=self.device)
         total = self.trainer.strategy.reduce(terms, reduce_op="sum").clamp(min=1)
         loss = torch.zeros((), device=self.device)
-        batches = step.micro_batches or [None]  # a rank without samples still takes part in the gradients' sum
+        batches = step.micro_batches or [None]  # a rank may have no sample, or only text, in the last global batch
         for number, batch in enumerate(batches):
-            with nullcontext() if number == len(batches) - 1 else self._without_sync():
-                part = self._zero() if batch is None else self.loss_sum(batch)
+            last = number == len(batches) - 1
+            with nullcontext() if last else self._without_sync():
+                part = torch.zeros((), device=self.device) if batch is None else self.loss_sum(batch)
+                if last and self.trainer.world_size > 1:
+                    part = part + self._zero()  # every rank has a gradient for every parameter, to sum over ranks
                 # Gradients are averaged over ranks: times world_size makes that average a sum.
                 part = part * (self.trainer.world_size / total)
                 self.manual_backward(part)

@@ -1,0 +1,248 @@
+"""A conversation becomes exactly the right token ids, and loss falls on exactly the answers."""
+
+import copy
+import itertools
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from vllava.batch import IGNORE_INDEX
+from vllava.conversation import PLACEHOLDER_IDS, TEMPLATES, encode, template, without_media
+from vllava.errors import UserError
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FORGETS_ANSWERS = (  # as templates that drop the reasoning of earlier answers do
+    "{% for m in messages %}{{ m['role'] }}: "
+    "{{ '' if m['role'] == 'assistant' and not loop.last else m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def turns(*values):
+    return [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
+
+
+def tokenise(text, tokenizer):
+    """Token ids of a text; each placeholder becomes its id."""
+    ids = []
+    for part in re.split(r"(<image>|<video>)", text):
+        if part in ("<image>", "<video>"):
+            ids.append(PLACEHOLDER_IDS[part[1:-1]])
+        else:
+            ids += tokenizer(part, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def labelled(parts, tokenizer):
+    """Ids and labels of (text, supervised) parts; right where no token of this tokenizer spans two parts."""
+    ids, labels = [], []
+    for text, supervised in parts:
+        part = tokenise(text, tokenizer)
+        ids += part
+        labels += part if supervised else [IGNORE_INDEX] * len(part)
+    return ids, labels
+
+
+def supervised_text(encoded, tokenizer):
+    return tokenizer.decode([label for label in encoded.labels if label != IGNORE_INDEX])
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tokenizer):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = CHATML
+    return changed
+
+
+ROUNDS = [
+    ("<image>\nWhat is it?", "A red ball"),
+    ("And its colour", "Red."),
+    ("Où est-il ? 在哪里", "À gauche — 左边 🙂"),
+    ("Say nothing", ""),
+    ("", "You said nothing."),
+    ("Compare <video> with <image><image>", " They\n\ndiffer:  a lot "),
+]
+
+
+@pytest.mark.parametrize("rounds", range(1, 7))
+def test_vicuna_supervises_each_answer_and_its_end_token(rounds, tokenizer):
+    parts = []
+    for question, answer in ROUNDS[:rounds]:
+        before = "" if parts else f"<s>{SYSTEM} "
+        parts += [(f"{before}USER: {question} ASSISTANT:", False), (f" {answer}</s>", True)]
+    ids, labels = labelled(parts, tokenizer)
+
+    encoded = encode(turns(*sum(ROUNDS[:rounds], ())), tokenizer, TEMPLATES["vicuna_v1"])
+
+    assert encoded.token_ids == ids
+    assert encoded.labels == labels
+    assert encoded.token_ids == tokenise("".join(text for text, _ in parts), tokenizer)
+    assert supervised_text(encoded, tokenizer) == "".join(f" {answer}</s>" for _, answer in ROUNDS[:rounds])
+
+
+def test_media_keep_their_order_over_the_turns(tokenizer):
+    encoded = encode(turns(*sum(ROUNDS, ())), tokenizer, TEMPLATES["vicuna_v1"])
+    assert encoded.media == ["image", "video", "image", "image"]
+
+
+def test_plain_keeps_the_media_and_drops_the_instruction(tokenizer):
+    encoded = encode(turns("Describe <image> and\n<video> briefly.", "Two balls."), tokenizer, TEMPLATES["plain"])
+    assert (encoded.token_ids, encoded.labels) == labelled(
+        [("<s>", False), ("<image><video>", False), ("Two balls.\n", True)], tokenizer
+    )
+
+
+def test_chat_template_supervises_what_follows_each_generation_prompt(chat_tokenizer):
+    conversation = turns("<image>\nWhat is it?", "A ball.", "<video> And now?", "Two 🙂", "Why", "")
+    parts = []
+    for question, answer in zip(conversation[::2], conversation[1::2], strict=True):
+        parts += [(f"<|im_start|>user\n{question['value']}<|im_end|>\n<|im_start|>assistant\n", False)]
+        parts += [(f"{answer['value']}<|im_end|>\n", True)]
+    encoded = encode(conversation, chat_tokenizer, TEMPLATES["chat"])
+    assert (encoded.token_ids, encoded.labels) == labelled(parts, chat_tokenizer)
+
+
+def test_chat_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = FORGETS_ANSWERS
+    encode(turns("One?", "Two."), changed, TEMPLATES["chat"])  # a single round has no earlier turn
+    with pytest.raises(UserError, match="rewrites earlier turns when turn 3"):
+        encode(turns("One?", "Two.", "Three?", "Four."), changed, TEMPLATES["chat"])
+
+
+def test_tokenizer_without_a_chat_template_is_refused(tokenizer):
+    with pytest.raises(UserError, match="no chat template"):
+        encode(turns("One?", "Two."), tokenizer, TEMPLATES["chat"])
+
+
+def metaspace_tokenizer():
+    """SentencePiece's way, as Llama's and Vicuna's tokenizer: a word carries the space before it."""
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    return _trained(core, pre_tokenizers.ByteLevel.alphabet())
+
+
+def trimming_tokenizer():
+    """RoBERTa's way: the offsets of a word leave out the space before it."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.post_processor = processors.ByteLevel(trim_offsets=True)
+    return _trained(core, pre_tokenizers.ByteLevel.alphabet())
+
+
+def _trained(core, alphabet):
+    special = ["<s>", "</s>", "<unk>"]
+    text = [SYSTEM, "USER: What is it? ASSISTANT: A red ball", "USER: Where? ASSISTANT: On the left. <|im_start|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("make", [metaspace_tokenizer, trimming_tokenizer])
+def test_other_kinds_of_tokenizers_are_labelled_as_exactly(make):
+    tokenizer = make()
+    encoded = encode(turns("What is it?", "A red ball", "Where?", "On the left."), tokenizer, TEMPLATES["vicuna_v1"])
+    whole = f"<s>{SYSTEM} USER: What is it? ASSISTANT: A red ball</s>USER: Where? ASSISTANT: On the left.</s>"
+    assert encoded.token_ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+    runs, previous = [], IGNORE_INDEX
+    for label in encoded.labels:
+        if label != IGNORE_INDEX:
+            runs = [*runs, []] if previous == IGNORE_INDEX else runs
+            runs[-1].append(label)
+        previous = label
+    assert [tokenizer.decode(run).strip() for run in runs] == ["A red ball</s>", "On the left.</s>"]
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "chat", "plain"])
+def test_prompt_is_where_the_answer_would_begin(name, chat_tokenizer):
+    conversation = turns("<image>\nWhat is it?", "A ball.", "<video>And now?", "Two balls")
+    prompt = encode(conversation[:3], chat_tokenizer, TEMPLATES[name])
+    whole = encode(conversation, chat_tokenizer, TEMPLATES[name])
+    answer = whole.token_ids[len(prompt.token_ids) :]
+    assert whole.token_ids[: len(prompt.token_ids)] == prompt.token_ids
+    assert whole.labels[len(prompt.token_ids) :] == answer
+    assert whole.labels[: len(prompt.token_ids)] == prompt.labels
+    assert chat_tokenizer.decode(answer).startswith(" Two balls" if name == "vicuna_v1" else "Two balls")
+
+
+def test_conversation_without_an_answer_has_no_loss(tokenizer):
+    encoded = encode(turns("What is it?"), tokenizer, TEMPLATES["vicuna_v1"])
+    assert set(encoded.labels) == {IGNORE_INDEX}
+    assert tokenizer.decode(encoded.token_ids) == f"<s>{SYSTEM} USER: What is it? ASSISTANT:"
+
+
+def test_without_media_leaves_the_words(tokenizer):
+    assert without_media(turns("<image>\nWhat is it?", "A ball")) == turns("What is it?", "A ball")
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ([], "empty"),
+        ([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "turn 2 is from 'human', expected 'gpt'"),
+        ([{"from": "gpt", "value": "a"}], "turn 1 is from 'gpt', expected 'human'"),
+        ([{"from": "narrator", "value": "a"}], "turn 1 is from 'narrator'"),
+        ([{"from": "human", "value": "a"}, {"from": "gpt", "value": "see <image>"}], "turn 2.*placeholder"),
+        ([{"from": "human", "value": None}], "turn 1 is not of the form"),
+        ([{"from": "human"}], "turn 1 is not of the form"),
+        (["What is it?"], "turn 1 is not of the form"),
+        ("What is it?", "not a list of turns but str"),
+    ],
+)
+def test_malformed_conversation_is_refused_with_the_turn(conversation, message, tokenizer):
+    with pytest.raises(UserError, match=message):
+        encode(conversation, tokenizer, TEMPLATES["vicuna_v1"])
+
+
+def test_unknown_template_is_refused_with_the_names_there_are():
+    with pytest.raises(UserError, match=r"'vicuna'.*vicuna_v1.*plain.*chat"):
+        template("vicuna")
+
+
+words = st.text(max_size=30).filter(lambda text: "<" not in text)
+questions = st.lists(words | st.sampled_from(["<image>", "<video>", "<image><image>"]), max_size=4).map("".join)
+
+
+def rendered(rounds, name):
+    if name == "plain":
+        return "<s>" + "".join("".join(re.findall("<image>|<video>", q)) + f"{a}\n" for q, a in rounds)
+    if name in ("vicuna_v1", "whole_text"):
+        return f"<s>{SYSTEM} " + "".join(f"USER: {q} ASSISTANT: {a}</s>" for q, a in rounds)
+    turn = "<|im_start|>{}\n{}<|im_end|>\n"
+    return "".join(turn.format("user", q) + turn.format("assistant", a) for q, a in rounds)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rounds=st.lists(st.tuples(questions, words), min_size=1, max_size=4), name=st.sampled_from(list(TEMPLATES)))
+def test_no_text_or_medium_is_lost_and_labels_are_the_tokens_themselves(rounds, name, chat_tokenizer):
+    encoded = encode(turns(*sum(rounds, ())), chat_tokenizer, TEMPLATES[name])
+
+    names = {id_: f"<{kind}>" for kind, id_ in PLACEHOLDER_IDS.items()}
+    whole = ""
+    for is_text, group in itertools.groupby(encoded.token_ids, key=lambda token: token >= 0):
+        run = list(group)
+        whole += chat_tokenizer.decode(run) if is_text else "".join(names[token] for token in run)
+    assert whole == rendered(rounds, name)
+    assert all(label in (token, IGNORE_INDEX) for token, label in zip(encoded.token_ids, encoded.labels, strict=True))
+    if name == "whole_text":
+        supervised = re.sub("<image>|<video>", "", whole)
+    else:
+        before, end = {"vicuna_v1": (" ", "</s>"), "chat": ("", "<|im_end|>\n"), "plain": ("", "\n")}[name]
+        supervised = "".join(before + answer + end for _, answer in rounds)
+    assert supervised_text(encoded, chat_tokenizer) == supervised

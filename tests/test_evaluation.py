@@ -1,0 +1,293 @@
+"""Questions to a model, the figures made from its answers, and the report."""
+
+import html
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from shard_fixtures import SPECS, TOKENIZER, image_sample, jpeg, talk, text_sample, video_sample, write_source
+
+from data_prep import toy_language
+from vllava.data.build import conversation_packer, sample_decoder
+from vllava.data.packing import pack
+from vllava.errors import UserError
+from vllava.evaluation.answers import Answer, answer_all, normalise, pictures, read_samples
+from vllava.evaluation.evaluate import TEMPORAL_TYPES, summary, table, types
+from vllava.evaluation.report import sample_rows, write_report
+from vllava.model.build import fresh_llm, video_llava
+
+REMEDY = "Make them with `python -m data_prep.toy eval`."
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("Yes", "yes"),
+        (" yes. ", "yes"),
+        ("TOP   Left", "top left"),
+        ("top\nleft.", "top left"),
+        ("no .", "no"),
+        ("3.5", "3.5"),
+        ("", ""),
+    ],
+)
+def test_answers_are_compared_without_case_spaces_and_final_full_stop(given, expected):
+    assert normalise(given) == expected
+
+
+def answer(
+    given="red", truth="red", kind="colour", options=("red", "blue"), medium="image", key="k", question="Which?"
+):
+    return Answer(key, medium, kind, question, truth, given, tuple(options))
+
+
+@pytest.mark.parametrize(
+    ("given", "truth", "expected"),
+    [
+        ("Red.", "red", True),
+        ("red circle", "red", False),
+        ("", "red", False),
+        ("blue", "red", False),
+        ("top  left", "Top left", True),
+    ],
+)
+def test_an_answer_is_correct_where_all_of_it_is_the_truth(given, truth, expected):
+    assert answer(given, truth).correct is expected
+
+
+@pytest.mark.parametrize(("options", "expected"), [(("yes", "no"), 0.5), (tuple("abcde"), 0.2), ((), 0.0)])
+def test_chance_is_a_guess_among_the_options(options, expected):
+    assert answer(options=options).chance == expected
+
+
+def test_the_summary_of_four_answers():
+    found = [answer("red"), answer("blue"), answer("red"), answer("two", "two", "count", tuple("abcd"))]
+    blind = [answer("blue"), answer("blue"), answer("red"), answer("", "two", "count", tuple("abcd"))]
+    assert summary(found, blind) == {"accuracy": 0.75, "blind": 0.25, "chance": 0.4375, "n": 4}
+
+
+def test_types_are_counted_apart_and_temporal_ones_also_together():
+    found = [
+        answer("red"),
+        answer("blue"),
+        answer("left", "left", "direction", tuple("abcd")),
+        answer("up", "left", "direction", tuple("abcd")),
+        answer("a", "a", "order", ("a", "b")),
+    ]
+    blind = [answer("red"), answer("red"), *(answer("", "x", a.type, a.options) for a in found[2:])]
+    assert types(found, blind) == {
+        "colour": {"accuracy": 0.5, "blind": 1.0, "chance": 0.5, "n": 2},
+        "direction": {"accuracy": 0.5, "blind": 0.0, "chance": 0.25, "n": 2},
+        "order": {"accuracy": 1.0, "blind": 0.0, "chance": 0.5, "n": 1},
+        "temporal": {"accuracy": round(2 / 3, 4), "blind": 0.0, "chance": round(1 / 3, 4), "n": 3},
+    }
+
+
+def test_no_temporal_line_without_temporal_questions():
+    assert list(types([answer()], [answer()])) == ["colour"]
+
+
+def test_temporal_types_are_those_of_the_toy_world():
+    assert set(TEMPORAL_TYPES) == set(toy_language.TEMPORAL_TYPES)
+
+
+def metrics_of(found, blind):
+    whole = summary(found, blind)
+    by_type = {f"image/{kind}": row for kind, row in types(found, blind).items()}
+    return {"image": {**whole, "by_source": {"unseen scenes": whole}}, "by_type": by_type}
+
+
+def test_the_table_shows_every_figure():
+    found, blind = [answer(), answer("blue")], [answer("blue"), answer("blue")]
+    lines = table(metrics_of(found, blind)).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["IMAGE", "of", "colour"]
+    assert all(line.split()[-4:] == ["0.500", "0.000", "0.500", "2"] for line in lines[1:])
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random language model without encoders; weights large enough that its answers differ."""
+    torch.manual_seed(0)
+    llm = fresh_llm(
+        TOKENIZER,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        initializer_range=0.4,
+    )
+    return video_llava(llm).eval()
+
+
+@pytest.fixture(scope="module")
+def packer(tokenizer):
+    return conversation_packer(SPECS, tokenizer)
+
+
+def text_samples(tmp_path, questions):
+    samples = [
+        (
+            f"k{i}",
+            {"conversations": talk(question, "yes", ""), "question": {"type": "exist", "options": ["yes", "no"]}},
+            [],
+        )
+        for i, question in enumerate(questions)
+    ]
+    write_source(tmp_path / "s", samples, per_shard=3)
+    return list(read_samples(tmp_path / "s", sample_decoder(SPECS), REMEDY))
+
+
+QUESTIONS = [
+    "Is there a red circle?",
+    "How many?",
+    "What?",
+    "Where is the large blue square?",
+    "Is it left or right of it, or up?",
+]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 5])
+def test_questions_asked_together_get_the_answers_they_get_alone(tmp_path, model, packer, batch_size):
+    samples = text_samples(tmp_path, QUESTIONS)
+    alone = answer_all(model, packer, samples, 1, max_new_tokens=12)
+    assert len({a.answer for a in alone}) > 1
+    assert answer_all(model, packer, samples, batch_size, max_new_tokens=12) == alone
+
+
+def test_an_answer_carries_what_the_record_says(tmp_path, model, packer):
+    samples = text_samples(tmp_path, QUESTIONS)
+    found = answer_all(model, packer, samples, 5, max_new_tokens=2)
+    assert [(a.key, a.question, a.truth, a.type, a.options, a.medium) for a in found] == [
+        (f"k{i}", question, "yes", "exist", ("yes", "no"), "text") for i, question in enumerate(QUESTIONS)
+    ]
+
+
+def test_greedy_answers_are_the_most_likely_continuation(tmp_path, model, packer):
+    [sample] = text_samples(tmp_path, QUESTIONS[:1])
+    [found] = answer_all(model, packer, [sample], 1, max_new_tokens=3)
+    ids = list(packer.prompt(sample).token_ids)
+    start = len(ids)
+    for _ in range(3):  # one token at a time, from scratch, without a cache
+        with torch.no_grad():
+            ids.append(int(model.llm(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert packer.tokenizer.decode(ids[start:], skip_special_tokens=True).strip() == found.answer
+
+
+def test_the_prompt_ends_where_the_answer_would_begin(tmp_path, packer):
+    [sample] = text_samples(tmp_path, QUESTIONS[:1])
+    assert packer.tokenizer.decode(packer.prompt(sample).token_ids).endswith("USER: Is there a red circle? ASSISTANT:")
+
+
+def test_a_blind_question_shows_neither_the_medium_nor_its_place(tmp_path, model, packer):
+    """A model without encoders can answer it, and it gets the answer of the same question without a medium."""
+    media = [image_sample("a", 40), video_sample("b", 40)]
+    write_source(tmp_path / "media", media, per_shard=2)
+    write_source(tmp_path / "bare", [text_sample("a"), text_sample("b")], per_shard=2)
+    seen, bare = (list(read_samples(tmp_path / name, sample_decoder(SPECS), REMEDY)) for name in ("media", "bare"))
+    blind = answer_all(model, packer, seen, 2, max_new_tokens=8, blind=True)
+    assert [a.answer for a in blind] == [a.answer for a in answer_all(model, packer, bare, 2, max_new_tokens=8)]
+    assert [a.medium for a in blind] == ["image", "video"]
+
+
+def test_a_question_with_its_medium_fills_the_mediums_slots(tmp_path, packer):
+    write_source(tmp_path / "s", [image_sample("a"), video_sample("b")], per_shard=2)
+    samples = list(read_samples(tmp_path / "s", sample_decoder(SPECS), REMEDY))
+    batch = pack([packer.prompt(sample) for sample in samples])
+    assert (len(batch.image_slots), len(batch.video_slots)) == (16, 136)
+
+
+def test_samples_are_read_in_their_order_up_to_the_limit(tmp_path):
+    keys = write_source(tmp_path / "s", [text_sample(f"k{i}") for i in range(7)], per_shard=3)
+    for limit in (None, 1, 4):
+        found = [s.key for s in read_samples(tmp_path / "s", sample_decoder(SPECS), REMEDY, limit)]
+        assert found == keys[:limit]
+
+
+def test_an_evaluation_stops_at_a_broken_sample_and_names_it(tmp_path):
+    broken = ("bad", {"conversations": talk()}, [("jpg", b"nothing")])
+    write_source(tmp_path / "s", [image_sample("good"), broken], per_shard=2)
+    with pytest.raises(UserError, match=r"00000.tar:bad: unreadable image"):
+        list(read_samples(tmp_path / "s", sample_decoder(SPECS), REMEDY))
+
+
+def test_missing_questions_are_an_error_that_ends_with_the_remedy(tmp_path):
+    with pytest.raises(UserError, match=r"data_prep\.toy eval"):
+        list(read_samples(tmp_path / "nowhere", sample_decoder(SPECS), REMEDY))
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Every address a page refers to, its tags and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.addresses, self.tags, self.words = [], set(), ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+
+    def handle_data(self, data):
+        self.words += data
+
+
+@pytest.fixture
+def report(tmp_path):
+    """The report of an image and a video, one answered with markup."""
+    decode = sample_decoder(SPECS)
+    write_source(tmp_path / "s", [image_sample("first", 40), video_sample("second", 90)], per_shard=2)
+    samples = list(read_samples(tmp_path / "s", decode, REMEDY))
+    nasty = "<script>alert('1')</script> & <b>"
+    answers = [
+        answer(nasty, "red", key="first", question="Is <i> there?"),
+        answer("left", "left", "direction", medium="video", key="<second>"),
+    ]
+    plot = tmp_path / "loss.png"
+    plot.write_bytes(jpeg())
+    rows = sample_rows(samples, answers, decode.preprocess)
+    metrics = metrics_of(answers, answers)
+    write_report(tmp_path, "Run <1>", metrics, rows, {"stage 1": plot, "lost": tmp_path / "no.png"}, {"a fact": "<u>"})
+    return (tmp_path / "report.html").read_text()
+
+
+def test_the_report_needs_no_other_file(report):
+    page = Page(report)
+    assert page.addresses and all(address.startswith("data:image/") for address in page.addresses)
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base"}
+    assert not re.search(r"https?:|url\(|@import", report)
+
+
+def test_the_report_escapes_what_it_quotes(report):
+    assert html.escape("<script>alert('1')</script> & <b>", quote=False).split("'")[0] in report
+    page = Page(report)
+    assert not page.tags & {"script", "b", "i", "u", "second"}
+    for quoted in ("<script>alert('1')</script> & <b>", "Is <i> there?", "<second>", "Run <1>", "<u>"):
+        assert quoted in page.words
+
+
+def test_the_report_shows_the_image_eight_frames_and_the_plot_that_exists(report):
+    assert len(Page(report).addresses) == 1 + 8 + 1
+
+
+def test_the_report_gives_the_truth_beside_a_wrong_answer_only(report):
+    assert report.count("truth: ") == 1
+    assert "truth: red" in report
+
+
+def test_pictures_in_the_report_are_what_the_model_saw(tmp_path):
+    decode = sample_decoder(SPECS)
+    write_source(tmp_path / "s", [image_sample("a", 40), video_sample("b", 200)], per_shard=2)
+    image, video = (pictures(s, decode.preprocess) for s in read_samples(tmp_path / "s", decode, REMEDY))
+    assert [len(image), len(video)] == [1, 8]
+    for shown, shade in ((image, 40), (video, 200)):
+        assert all(abs(value - shade) <= 3 for picture in shown for value in picture.getpixel((20, 30)))

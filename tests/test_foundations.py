@@ -1,0 +1,53 @@
+"""What is shipped in assets/ is what its recipe makes: the recorded hashes, recipes and figures hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from data_prep.toy import make
+from vllava.config import CONF, register_resolvers
+from vllava.evaluation.foundations import RECORD, RUNS, measure, recipe
+from vllava.model.files import Checkpoint
+
+ASSETS = Path(__file__).parents[1] / "assets"
+RECORDED = json.loads((ASSETS / RECORD).read_text())
+
+
+def test_the_assets_are_small_enough_to_ship():
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 20e6
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_weights_are_those_that_were_recorded(name):
+    assert Checkpoint(ASSETS / name).sha256 == RECORDED[name]["sha256"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_recipe_is_what_the_configuration_says_today(name):
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=[f"+experiment={RUNS[name]}"])
+    assert recipe(OmegaConf.to_container(cfg, resolve=True)) == RECORDED[name]["recipe"]
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    world = tmp_path_factory.mktemp("world")
+    make("foundations-test", world, seed=0, scale=1.0, processes=2)
+    return measure(ASSETS, world)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "figures" in RECORDED[name]])
+def test_figures_are_those_that_were_recorded(name, figures):
+    assert figures[name] == pytest.approx(RECORDED[name]["figures"], abs=0.01)
+
+
+def test_encoders_and_language_model_are_good_enough_to_stand_for_public_ones(figures):
+    chance = 1 / 512
+    assert figures["languagebind-image"]["image_to_text"] > 100 * chance
+    assert figures["languagebind-video"]["video_to_text"] > 100 * chance
+    assert figures["languagebind-video"]["image_to_video"] > 20 * chance  # never trained on pairs
+    assert figures["llm"]["perplexity"] < 2

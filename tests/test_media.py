@@ -1,0 +1,297 @@
+"""Files to pixels, against references written out here."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from shard_fixtures import audio_file, empty_video_file, image_file, jpeg, video_file
+
+from data_prep.toy_render import encode_mp4
+from vllava.data.media import CLIP_MEAN, CLIP_STD, DECODERS, Preprocess, decode_image, decode_video, frame_indices
+from vllava.errors import UserError
+
+# --- which frames -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("total", "expected"),
+    [
+        (1, [0, 0, 0, 0, 0, 0, 0, 0]),
+        (3, [0, 0, 0, 0, 1, 1, 1, 2]),
+        (7, [0, 0, 1, 2, 3, 4, 5, 6]),
+        (8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (9, [0, 1, 2, 3, 4, 5, 6, 8]),
+        (16, [0, 2, 4, 6, 8, 10, 12, 15]),
+        (37, [0, 5, 10, 15, 20, 25, 30, 36]),
+        (300, [0, 42, 85, 128, 170, 213, 256, 299]),
+    ],
+)
+def test_eight_frames_are_spread_from_the_first_to_the_last_and_truncated(total, expected):
+    assert frame_indices(total, 8) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(total=st.integers(1, 100_000), frames=st.integers(2, 64))
+def test_frame_indices_rise_from_the_first_frame_to_the_last(total, frames):
+    indices = frame_indices(total, frames)
+    assert len(indices) == frames and indices[0] == 0 and indices[-1] == total - 1
+    assert indices == sorted(indices)
+    exact = [i * (total - 1) / (frames - 1) for i in range(frames)]
+    assert all(at - 1 <= index <= at + 1e-6 for index, at in zip(indices, exact, strict=True))
+
+
+# --- videos -----------------------------------------------------------------------------------------------------------
+
+
+def numbered_frames(count, height, width):
+    """Frames whose brightness tells their number, with a bar that moves to the right."""
+    frames = np.empty((count, height, width, 3), np.uint8)
+    for i in range(count):
+        frames[i] = 20 + i * 200 // count
+        frames[i, :8, : max(1, width * i // count)] = (230, 40, 40)
+    return frames
+
+
+def number_of(frame, count):
+    shade = np.asarray(frame)[frame.height // 2 :].mean()
+    return round((shade - 20) / (200 / count))
+
+
+CLIPS = {
+    "toy clip": (16, lambda: encode_mp4(numbered_frames(16, 64, 64))),
+    "odd count, B-frames, one key frame": (
+        37,
+        lambda: video_file(numbered_frames(37, 180, 322), {"bf": "3", "g": "250"}),
+    ),
+    "B-frames, many key frames": (51, lambda: video_file(numbered_frames(51, 240, 136), {"bf": "2", "g": "5"})),
+    "fewer than eight frames": (3, lambda: video_file(numbered_frames(3, 64, 96))),
+    "one frame": (1, lambda: video_file(numbered_frames(1, 64, 64))),
+}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("name", CLIPS)
+def test_the_eight_uniformly_spaced_frames_are_decoded(name, decoder):
+    count, make = CLIPS[name]
+    frames = decode_video(make(), 8, decoder)
+    numbers = [number_of(frame, count) for frame in frames]
+    assert numbers == [int(i * (count - 1) / 7) for i in range(8)]
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_decord_and_pyav_give_the_same_frames(name):
+    data = CLIPS[name][1]()
+    pairs = zip(decode_video(data, 8, "decord"), decode_video(data, 8, "pyav"), strict=True)
+    for one, other in pairs:
+        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 2
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_colours_survive_decoding(decoder):
+    frames = np.zeros((8, 64, 64, 3), np.uint8)
+    frames[:, :32] = (200, 60, 40)
+    frames[:, 32:] = (30, 90, 210)
+    decoded = np.asarray(decode_video(encode_mp4(frames), 8, decoder)[5], int)
+    assert np.abs(decoded[8:24].mean((0, 1)) - (200, 60, 40)).max() < 8
+    assert np.abs(decoded[40:56].mean((0, 1)) - (30, 90, 210)).max() < 8
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (lambda: b"", "unreadable video"),
+        (lambda: b"not a video" * 100, "unreadable video"),
+        (lambda: jpeg()[:40], "unreadable video"),
+        (audio_file, "unreadable video|no frames"),
+        (empty_video_file, "unreadable video|no frames"),
+        (lambda: CLIPS["toy clip"][1]()[:1000], "unreadable video|no frames"),
+        (lambda: CLIPS["toy clip"][1]()[:-600], "unreadable video|no frames"),
+    ],
+    ids=["empty file", "no video", "cut picture", "sound only", "no frame", "no index", "cut index"],
+)
+def test_a_video_that_cannot_be_read_is_an_error_of_one_line(data, reason, decoder):
+    with pytest.raises(UserError, match=reason) as error:
+        decode_video(data(), 8, decoder)
+    assert "\n" not in str(error.value)
+
+
+def damaged(data, seed):
+    """A file with a few bytes changed, and every fourth one cut."""
+    rng = np.random.default_rng(seed)
+    data = bytearray(data)
+    for place in rng.integers(len(data), size=rng.integers(1, 10)):
+        data[place] = rng.integers(256)
+    return bytes(data[: rng.integers(len(data))] if seed % 4 == 0 else data)
+
+
+def test_a_damaged_video_gives_frames_or_an_error_that_names_the_reason():
+    outcomes = set()
+    for seed in range(300):
+        try:
+            outcomes.add(len(decode_video(damaged(_TOY_CLIP, seed), 8, "pyav")))
+        except UserError as error:
+            outcomes.add("error")
+            assert "video" in str(error)
+    assert outcomes == {8, "error"}
+
+
+_TOY_CLIP = encode_mp4(numbered_frames(16, 64, 64))
+
+
+def test_an_unknown_decoder_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(UserError, match="decord, pyav"):
+        decode_video(_TOY_CLIP, 8, "ffmpeg")
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("picture", "expected"),
+    [
+        (Image.new("L", (9, 7), 77), (77, 77, 77)),
+        (Image.new("RGBA", (9, 7), (10, 20, 30, 255)), (10, 20, 30)),
+        (Image.new("RGB", (9, 7), (200, 100, 50)).quantize(4), (200, 100, 50)),
+        (Image.new("1", (9, 7), 1), (255, 255, 255)),
+    ],
+    ids=["grey", "alpha", "palette", "black and white"],
+)
+def test_every_kind_of_picture_becomes_rgb(picture, expected):
+    decoded = decode_image(image_file(picture))
+    assert decoded.mode == "RGB" and decoded.size == (9, 7)
+    assert decoded.getpixel((4, 3)) == expected
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no picture at all", jpeg()[:200], image_file(Image.new("RGB", (64, 64)), "PNG")[:60]],
+    ids=["empty file", "no picture", "cut JPEG", "cut PNG"],
+)
+def test_a_picture_that_cannot_be_read_is_an_error(data):
+    with pytest.raises(UserError, match="unreadable image"):
+        decode_image(data)
+
+
+def test_a_png_with_a_damaged_chunk_is_an_error():
+    data = bytearray(image_file(np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)))
+    second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+    data[second : second + 4] = b"\xd5I\x01\x1f"
+    with pytest.raises(UserError, match="unreadable image"):
+        decode_image(bytes(data))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
+def test_a_damaged_picture_gives_pixels_or_an_error(kind):
+    data = image_file(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8), kind)
+    errors = 0
+    for seed in range(100):
+        try:
+            assert decode_image(damaged(data, seed)).mode == "RGB"
+        except UserError as error:
+            errors += 1
+            assert "unreadable image" in str(error)
+    assert errors > 10
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------------
+
+
+def normalised(pixels):
+    """CLIP's normalisation of [H, W, 3] uint8, one value at a time."""
+    out = np.empty((3, *pixels.shape[:2]), np.float64)
+    for channel in range(3):
+        out[channel] = (pixels[..., channel] / 255.0 - CLIP_MEAN[channel]) / CLIP_STD[channel]
+    return out
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def test_normalisation_is_clips():
+    assert pytest.approx((0.48145466, 0.4578275, 0.40821073)) == CLIP_MEAN
+    assert pytest.approx((0.26862954, 0.26130258, 0.27577711)) == CLIP_STD
+    picture = noise(64, 64)
+    np.testing.assert_allclose(Preprocess().image(picture, 64).numpy(), normalised(np.asarray(picture)), atol=1e-5)
+
+
+def test_crop_takes_the_centre_square_of_a_picture_whose_short_side_fits():
+    wide, tall = noise(100, 64), noise(64, 90)
+    centre = normalised(np.asarray(wide)[:, 18:82])
+    np.testing.assert_allclose(Preprocess("crop").image(wide, 64).numpy(), centre, atol=1e-5)
+    centre = normalised(np.asarray(tall)[13:77])
+    np.testing.assert_allclose(Preprocess("crop").image(tall, 64).numpy(), centre, atol=1e-5)
+
+
+def test_crop_brings_the_short_side_to_the_size_first():
+    picture = noise(192, 128)
+    resized = np.asarray(picture.resize((96, 64), Image.Resampling.BICUBIC))
+    np.testing.assert_allclose(Preprocess("crop").image(picture, 64).numpy(), normalised(resized[:, 16:80]), atol=1e-5)
+
+
+def test_pad_puts_the_picture_in_the_middle_of_a_square_of_the_mean_colour():
+    picture = noise(64, 40)
+    square = np.empty((64, 64, 3), np.uint8)
+    square[:] = [int(0.48145466 * 255), int(0.4578275 * 255), int(0.40821073 * 255)]
+    square[12:52] = np.asarray(picture)
+    np.testing.assert_allclose(Preprocess("pad").image(picture, 64).numpy(), normalised(square), atol=1e-5)
+
+
+def test_pad_keeps_the_whole_picture_where_crop_cuts_its_ends():
+    pixels = np.zeros((64, 192, 3), np.uint8)
+    pixels[:, :32], pixels[:, -32:] = (255, 0, 0), (0, 0, 255)
+    picture = Image.fromarray(pixels)
+    padded, cropped = (Preprocess(fit).image(picture, 64) for fit in ("pad", "crop"))
+    red = (1 - CLIP_MEAN[0]) / CLIP_STD[0]
+    assert padded[0, 32, 2] == pytest.approx(red, abs=0.1)
+    assert cropped[0].max() < 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 400), height=st.integers(1, 400), fit=st.sampled_from(["crop", "pad"]))
+def test_every_picture_becomes_a_square_of_the_size(width, height, fit):
+    assert Preprocess(fit).image(Image.new("RGB", (width, height)), 32).shape == (3, 32, 32)
+
+
+def test_frames_of_videos_are_cropped_also_where_images_are_padded():
+    frames = [noise(100, 64, seed) for seed in range(8)]
+    stacked = Preprocess("pad").video(frames, 64)
+    assert stacked.shape == (8, 3, 64, 64)
+    for frame, pixels in zip(frames, stacked, strict=True):
+        np.testing.assert_allclose(pixels.numpy(), normalised(np.asarray(frame)[:, 18:82]), atol=1e-5)
+
+
+def test_decoding_twice_gives_the_same_pixels():
+    for _ in range(5):
+        one, other = (Preprocess().video(decode_video(_TOY_CLIP, 8), 64) for _ in range(2))
+        assert (one == other).all()
+        one, other = (Preprocess("pad").image(decode_image(image_file(noise(70, 50))), 64) for _ in range(2))
+        assert (one == other).all()
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_left_stays_left(fit):
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:, :32] = 255
+    for _ in range(20):
+        image = Preprocess(fit).image(decode_image(image_file(pixels)), 64)
+        assert image[..., :30].min() > image[..., 34:].max()
+        video = Preprocess(fit).video(decode_video(encode_mp4(np.stack([pixels] * 8)), 8), 64)
+        assert video[..., :30].min() > video[..., 34:].max()
+
+
+def test_an_unknown_fit_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(UserError, match="crop, pad"):
+        Preprocess("stretch")
+
+
+def test_a_picture_in_memory_and_its_lossless_file_give_the_same_pixels():
+    picture = noise(80, 60)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    assert (Preprocess().image(picture, 64) == Preprocess().image(decode_image(buffer.getvalue()), 64)).all()

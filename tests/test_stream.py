@@ -1,0 +1,329 @@
+"""The data stream: every sample once, in an order that nothing but the seed decides, and none replaced."""
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shard_fixtures import (
+    SPECS,
+    image_sample,
+    jpeg,
+    mp4,
+    talk,
+    text_sample,
+    video_sample,
+    write_plain_manifest,
+    write_source,
+    write_tar,
+)
+
+from vllava.data.build import caption_data, conversation_data
+from vllava.data.datamodule import GlobalBatchSampler, ShardDataset
+from vllava.data.shards import Shard
+from vllava.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+GLOBAL_BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Sources of images, videos and text, and all their keys: 35 samples in 9 shards."""
+    root = tmp_path_factory.mktemp("world")
+    keys = write_source(root / "images", [image_sample(f"image{i:02d}", 10 * i) for i in range(15)], per_shard=4)
+    keys += write_source(root / "videos", [video_sample(f"video{i:02d}", 10 * i) for i in range(14)], per_shard=4)
+    keys += write_source(root / "text", [text_sample(f"text{i:02d}") for i in range(6)], per_shard=6)
+    return root, keys
+
+
+def data_of(root, tokenizer, **changes):
+    given = {
+        "sources": {
+            "image": {"a": str(root / "images")},
+            "video": {"a": str(root / "videos")},
+            "text": {"a": str(root / "text")},
+        },
+        "modalities": ["image", "video", "text"],
+        "global_batch": GLOBAL_BATCH,
+        "seed": 1,
+        "workers": 0,
+    }
+    return conversation_data(SPECS, tokenizer, **{**given, **changes})
+
+
+def keys_of(step):
+    return [key for batch in step.micro_batches for key in batch.keys]
+
+
+def epoch(data, number=0):
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(number)
+    return list(loader)
+
+
+# --- every sample once ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_an_epoch_holds_every_sample_exactly_once(world, tokenizer, workers):
+    root, keys = world
+    steps = epoch(data_of(root, tokenizer, workers=workers))
+    assert sorted(key for step in steps for key in keys_of(step)) == sorted(keys)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_order_and_the_pixels_do_not_depend_on_the_number_of_workers(world, tokenizer, workers):
+    root, _ = world
+    alone, shared = epoch(data_of(root, tokenizer)), epoch(data_of(root, tokenizer, workers=workers))
+    assert [keys_of(step) for step in alone] == [keys_of(step) for step in shared]
+    for one, other in zip(alone, shared, strict=True):
+        for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert a.images.equal(b.images) and a.videos.equal(b.videos) and a.token_ids.equal(b.token_ids)
+
+
+def test_another_epoch_has_another_order_and_a_repeated_one_the_same(world, tokenizer):
+    root, _ = world
+    data = data_of(root, tokenizer)
+    first, second, again = ([key for step in epoch(data, n) for key in keys_of(step)] for n in (0, 1, 0))
+    assert first == again
+    assert first != second and sorted(first) == sorted(second)
+
+
+def test_a_loader_with_lasting_workers_follows_the_epoch(world, tokenizer):
+    root, keys = world
+    loader = data_of(root, tokenizer, workers=1).train_dataloader()
+    orders = []
+    for number in range(2):
+        loader.sampler.set_epoch(number)
+        orders.append([key for step in loader for key in keys_of(step)])
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == sorted(keys)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_share_every_global_batch_without_overlap(world, tokenizer, ranks):
+    root, keys = world
+    data = data_of(root, tokenizer)
+    dataset = ShardDataset(data.shards, data.decode, data.assembler, open_shards=4)
+    shares = [list(GlobalBatchSampler(data.shards, GLOBAL_BATCH, 1, 64, rank, ranks)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1  # the same number of steps on every rank
+    seen = []
+    for number, rows in enumerate(zip(*shares, strict=True)):
+        batch = [key for share in rows for key in keys_of(dataset[share])]
+        assert len(batch) == (GLOBAL_BATCH if number < len(keys) // GLOBAL_BATCH else len(keys) % GLOBAL_BATCH)
+        assert max(map(len, rows)) - min(map(len, rows)) <= 1
+        seen += batch
+    assert sorted(seen) == sorted(keys)
+
+
+def test_a_global_batch_holds_the_same_samples_for_any_number_of_ranks(world, tokenizer):
+    shards = data_of(world[0], tokenizer).shards
+    batches = {}
+    for ranks in (1, 2, 3):
+        shares = zip(
+            *(GlobalBatchSampler(shards, GLOBAL_BATCH, 1, 64, rank, ranks) for rank in range(ranks)), strict=True
+        )
+        batches[ranks] = [sorted(tuple(row) for share in rows for row in share) for rows in shares]
+    assert batches[1] == batches[2] == batches[3]
+
+
+shards_of_any_size = st.lists(st.integers(1, 20), min_size=1, max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=shards_of_any_size, batch=st.integers(1, 16), ranks=st.integers(1, 4))
+def test_an_epoch_has_as_many_batches_as_the_sampler_says(sizes, batch, ranks):
+    for rank in range(ranks):
+        sampler = GlobalBatchSampler(_shards(sizes), batch, 0, 3, rank, ranks)
+        assert len(list(sampler)) == len(sampler)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=shards_of_any_size, batch=st.integers(1, 16), ranks=st.integers(1, 4), data=st.data())
+def test_a_resumed_epoch_goes_on_with_the_next_unseen_sample(sizes, batch, ranks, data):
+    for rank in range(ranks):
+        whole, resumed = (GlobalBatchSampler(_shards(sizes), batch, 7, 3, rank, ranks) for _ in range(2))
+        resumed.start = data.draw(st.integers(0, len(whole)))
+        for sampler in (whole, resumed):
+            sampler.set_epoch(3)
+        rest = list(whole)[resumed.start :]
+        assert [rows.tolist() for rows in resumed] == [rows.tolist() for rows in rest]
+
+
+def test_only_the_resumed_epoch_begins_late():
+    sampler = GlobalBatchSampler(_shards([10, 10]), 4, 7, 3)
+    sampler.start = 3
+    assert [len(list(sampler)), len(list(sampler))] == [2, 5]
+
+
+def _shards(sizes):
+    return [Shard(f"{number}.tar", size) for number, size in enumerate(sizes)]
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_batches_mix_the_sources(world, tokenizer):
+    steps = epoch(data_of(world[0], tokenizer))
+    kinds = [{key.rstrip("0123456789") for key in keys_of(step)} for step in steps if step.samples == GLOBAL_BATCH]
+    assert all({"image", "video"} <= found for found in kinds)
+    assert any("text" in found for found in kinds)
+
+
+def test_the_last_batch_is_smaller_not_dropped(world, tokenizer):
+    data = data_of(world[0], tokenizer)
+    assert [step.samples for step in epoch(data)] == [8, 8, 8, 8, 3]
+    assert data.steps_per_epoch == 5
+
+
+@pytest.mark.parametrize("budget", [1, 200, 700, 100_000])
+def test_the_global_batch_does_not_depend_on_the_token_budget(world, tokenizer, budget):
+    steps = epoch(data_of(world[0], tokenizer, token_budget=budget))
+    reference = epoch(data_of(world[0], tokenizer))
+    assert [keys_of(step) for step in steps] == [keys_of(step) for step in reference]
+    for batch in (batch for step in steps for batch in step.micro_batches):
+        assert len(batch.token_ids) <= budget or batch.num_samples == 1
+
+
+def test_a_smaller_token_budget_makes_more_micro_batches(world, tokenizer):
+    counts = [
+        sum(len(s.micro_batches) for s in epoch(data_of(world[0], tokenizer, token_budget=b))) for b in (1, 400, 9999)
+    ]
+    assert counts == [35, counts[1], 5]
+    assert 5 < counts[1] < 35
+
+
+@pytest.mark.parametrize(
+    ("modalities", "expected"),
+    [(["video"], {"video"}), (["image", "text"], {"image", "text"}), (["image", "video"], {"image", "video"})],
+)
+def test_only_the_wanted_modalities_are_read(world, tokenizer, modalities, expected):
+    steps = epoch(data_of(world[0], tokenizer, modalities=modalities))
+    assert {key.rstrip("0123456789") for step in steps for key in keys_of(step)} == expected
+
+
+def test_an_unknown_modality_is_an_error(world, tokenizer):
+    with pytest.raises(UserError, match="audio"):
+        data_of(world[0], tokenizer, modalities=["image", "audio"])
+
+
+def test_no_source_for_any_wanted_modality_is_an_error(world, tokenizer):
+    with pytest.raises(UserError, match="sources"):
+        data_of(world[0], tokenizer, sources={"image": {"a": str(world[0] / "images")}}, modalities=["video"])
+
+
+def test_caption_batches_pair_each_medium_with_its_own_caption(tmp_path, tokenizer):
+    words = ["red circle", "blue square", "green triangle", "white ring", "orange cross"]
+    samples = [
+        (f"k{i}", {"conversations": talk(answer=f"a {words[i]}")}, [("jpg", jpeg(50 * i))]) for i in range(len(words))
+    ]
+    write_source(tmp_path / "s", samples, per_shard=2)
+    data = caption_data(SPECS, tokenizer, {"image": {"a": str(tmp_path / "s")}}, ["image"], 5, seed=0, workers=0)
+    [step] = epoch(data)
+    [batch] = step.micro_batches
+    shades = (batch.pixels.mean((1, 2, 3)) - batch.pixels.mean((1, 2, 3)).min()).tolist()
+    rank = {i: sorted(shades).index(shade) for i, shade in enumerate(shades)}
+    for row, (ids, mask) in enumerate(zip(batch.token_ids, batch.attention_mask, strict=True)):
+        assert tokenizer.decode(ids[mask.bool()]) == f"<s>a {words[rank[row]]}</s>"
+        assert (ids[~mask.bool()] == tokenizer.pad_token_id).all()
+
+
+# --- broken samples ---------------------------------------------------------------------------------------------------
+
+
+def _with(conversations, media):
+    return lambda key: (key, {"id": key, "conversations": conversations}, media)
+
+
+BROKEN = {
+    "a corrupt video": (_with(talk(placeholder="<video>"), [("mp4", mp4()[:700])]), "video"),
+    "a file that is no video": (_with(talk(placeholder="<video>"), [("mp4", b"nothing" * 99)]), "unreadable video"),
+    "an empty picture": (_with(talk(), [("jpg", b"")]), "unreadable image"),
+    "a picture too few": (
+        _with(talk(placeholder="<image><image>"), [("jpg", jpeg())]),
+        "placeholders and media differ",
+    ),
+    "a picture too many": (_with(talk(placeholder=""), [("jpg", jpeg())]), "placeholders and media differ"),
+    "a video where the text says image": (_with(talk(), [("mp4", mp4())]), "placeholders and media differ"),
+    "no answer": (_with(talk(placeholder="")[:1], []), "no token of the conversation is supervised"),
+    "an empty conversation": (_with([], []), "empty"),
+    "turns in the wrong order": (_with(talk(placeholder="")[::-1], []), "expected 'human'"),
+    "a conversation longer than the limit": (_with(talk(answer="very " * 4000, placeholder=""), []), "max_length"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_sample_is_reported_and_the_others_survive(tmp_path, tokenizer, name):
+    make, reason = BROKEN[name]
+    samples = [text_sample("good1"), make("bad"), text_sample("good2")]
+    write_source(tmp_path / "s", samples, per_shard=3)
+    data = data_of(tmp_path, tokenizer, sources={"text": {"a": str(tmp_path / "s")}}, global_batch=3)
+    [step] = epoch(data)
+    assert sorted(keys_of(step)) == ["good1", "good2"]
+    assert step.samples == 3
+    [(key, why)] = step.broken
+    assert key.endswith("00000.tar:bad") and str(tmp_path) in key
+    assert reason in why
+
+
+def the_step_of(folder, members, tokenizer):
+    """The only step of a shard with these members and one sample."""
+    folder.mkdir()
+    write_tar(folder / "a.tar", members)
+    write_plain_manifest(folder, {"a.tar": 1})
+    [step] = epoch(data_of(folder, tokenizer, sources={"text": {"a": str(folder)}}))
+    return step
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe", json.dumps({"text": "no conversation"}).encode()]
+)
+def test_a_record_that_is_not_one_is_reported(tmp_path, tokenizer, data):
+    step = the_step_of(tmp_path / "s", [("bad.json", data)], tokenizer)
+    assert step.micro_batches == [] and step.samples == 1
+    [(key, why)] = step.broken
+    assert key.endswith("a.tar:bad") and "no readable JSON record" in why
+
+
+@pytest.mark.parametrize(
+    "conversation", [5, True, None, "hello", {"from": "human"}, [5], [{"from": "human", "value": 3}]]
+)
+def test_a_conversation_that_is_not_one_is_reported(tmp_path, tokenizer, conversation):
+    step = the_step_of(tmp_path / "s", [("bad.json", json.dumps({"conversations": conversation}).encode())], tokenizer)
+    assert step.micro_batches == []
+    [(key, why)] = step.broken
+    assert key.endswith("a.tar:bad") and ("conversation" in why or "turn 1" in why)
+
+
+def test_a_sample_without_a_record_is_reported(tmp_path, tokenizer):
+    step = the_step_of(tmp_path / "s", [("k.0.jpg", jpeg())], tokenizer)
+    assert step.micro_batches == [] and "no readable JSON record" in step.broken[0][1]
+
+
+def test_broken_samples_are_not_replaced_and_reach_the_step_from_a_worker(tmp_path, tokenizer):
+    good = [text_sample(f"good{i:02d}") for i in range(14)]
+    bad = [BROKEN["an empty picture"][0](f"bad{i:02d}") for i in range(6)]
+    mixed = [sample for pair in zip(good[:6], bad, strict=True) for sample in pair] + good[6:]
+    write_source(tmp_path / "s", mixed, per_shard=7)
+    data = data_of(tmp_path, tokenizer, sources={"text": {"a": str(tmp_path / "s")}}, global_batch=5, workers=2)
+    steps = epoch(data)
+    assert Counter(key for step in steps for key in keys_of(step)) == Counter(key for key, _, _ in good)
+    assert sorted(key.split(":")[-1] for step in steps for key, _ in step.broken) == [key for key, _, _ in bad]
+    assert [step.samples for step in steps] == [5, 5, 5, 5]
+    assert all(len(keys_of(step)) + len(step.broken) == step.samples for step in steps)
+
+
+def test_a_step_of_broken_samples_alone_has_no_micro_batch(tmp_path, tokenizer):
+    write_source(tmp_path / "s", [BROKEN["no answer"][0](f"bad{i}") for i in range(3)], per_shard=3)
+    [step] = epoch(data_of(tmp_path, tokenizer, sources={"text": {"a": str(tmp_path / "s")}}))
+    assert step.micro_batches == [] and len(step.broken) == step.samples == 3
+
+
+def test_a_damaged_shard_stops_the_stream_with_its_name(tmp_path, tokenizer):
+    write_source(tmp_path / "s", [text_sample(f"k{i}") for i in range(4)], per_shard=4)
+    path = tmp_path / "s" / "00000.tar"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(UserError) as error:
+        epoch(data_of(tmp_path, tokenizer, sources={"text": {"a": str(tmp_path / "s")}}, workers=1))
+    assert str(path) in error.value.paragraph and "Traceback" not in error.value.paragraph
