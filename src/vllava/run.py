@@ -57,10 +57,7 @@ def quiet(level: str) -> None:
         logging.getLogger(name).setLevel(level)
     transformers.utils.logging.set_verbosity(getattr(logging, level))
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own use of torch
-    warnings.filterwarnings(
-        "ignore", message=".*module.* in eval mode at the start.*"
-    )  # frozen encoders are meant to be
+    warnings.filterwarnings("ignore", module="lightning")  # advice about checkpoints and modes chosen on purpose
 
 
 def run_chain(cfg: DictConfig) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
@@ -18,7 +20,7 @@ def wandb_logger(run_dir: Path, name: str, config: dict[str, Any], project: str,
     if mode not in ("auto", "online", "offline"):
         raise UserError(f"logger.mode={mode!r} is not known; there are: auto, online, offline.")
     if mode == "auto":
-        mode = "online" if wandb.api.api_key else "offline"
+        mode = "online" if _logged_in() else "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
     return WandbLogger(
         name=name,
@@ -28,6 +30,17 @@ def wandb_logger(run_dir: Path, name: str, config: dict[str, Any], project: str,
         config=config,
         settings=wandb.Settings(console="off"),
     )
+
+
+def _logged_in() -> bool:
+    """Whether W&B has a key to use: in the environment, or in the netrc file that `wandb login` writes."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def no_logger(run_dir: Path, name: str, config: dict[str, Any]) -> None:

@@ -96,8 +96,8 @@ class Task(L.LightningModule):
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with nullcontext() if last else self._without_sync():
-                part = torch.zeros((), device=self.device) if batch is None else self.loss_sum(batch)
-                if last and self.trainer.world_size > 1:
+                part = self._zero() if batch is None else self.loss_sum(batch)
+                if last and batch is not None and self.trainer.world_size > 1:
                     part = part + self._zero()  # every rank has a gradient for every parameter, to sum over ranks
                 # Gradients are averaged over ranks: times world_size makes that average a sum.
                 part = part * (self.trainer.world_size / total)
