@@ -17,7 +17,7 @@ import lightning as L
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from vllava.batch import MediumSpec
@@ -29,7 +29,7 @@ from vllava.evaluation.report import sample_rows, write_report
 from vllava.model.build import load_tokenizer
 from vllava.model.checkpoint import load_projector
 from vllava.model.device import computes_in_bf16
-from vllava.training.callbacks import History, Throughput, progress_bar
+from vllava.training.callbacks import History, StopBetweenSteps, Throughput, progress_bar
 from vllava.training.loggers import log_samples
 from vllava.training.task import Task
 
@@ -187,7 +187,7 @@ def build_trainer(cfg: DictConfig, settings: Any, callbacks: list[L.Callback]) -
             train_time_interval=timedelta(minutes=cfg.save_minutes),
             enable_version_counter=False,
         ),
-        OnExceptionCheckpoint(run_dir, filename=Path(RESUME).stem),
+        StopBetweenSteps(run_dir / RESUME),
     ]
     return instantiate(cfg.trainer, precision=precision)(
         logger=logger if logger is not None else False,

@@ -57,6 +57,7 @@ class GlobalBatchSampler(Sampler):
         self.rank, self.ranks = rank, ranks
         self.epoch = 0
         self.start = 0
+        self.position: Callable[[], tuple[int, int]] | None = None  # says (epoch, batch) to start at
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -65,8 +66,9 @@ class GlobalBatchSampler(Sampler):
         return -(-sum(shard.samples for shard in self.shards) // self.batch)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        order = epoch_order(self.shards, self.seed, self.epoch, self.window)
-        start, self.start = self.start, 0
+        epoch, start = self.position() if self.position else (self.epoch, self.start)
+        self.start = 0
+        order = epoch_order(self.shards, self.seed, epoch, self.window)
         for first in range(start * self.batch, len(order), self.batch):
             yield order[first : first + self.batch][self.rank :: self.ranks]
 
@@ -107,8 +109,8 @@ class DataModule(L.LightningDataModule):
         trainer = self.trainer
         rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         sampler = GlobalBatchSampler(self.shards, self.global_batch, self.seed, self.shuffle_window, rank, ranks)
-        if trainer:  # a resumed run goes on with the next unseen sample
-            sampler.start = trainer.global_step % self.steps_per_epoch
+        if trainer:  # asked when an epoch begins: a resumed run goes on with the next unseen sample
+            sampler.position = lambda: divmod(trainer.global_step, self.steps_per_epoch)
         return DataLoader(
             ShardDataset(self.shards, self.decode, self.assembler, open_shards=2 * self.shuffle_window),
             batch_size=None,  # the sampler yields whole batches

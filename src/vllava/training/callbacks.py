@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,32 @@ class Throughput(L.Callback):
             task.log("tokens_per_second", computed * trainer.world_size / seconds)
             task.log("useful_token_share", sum(int(b.cu_seqlens[-1]) for b in packed) / computed)
             task.log("supervised_token_share", sum(b.num_supervised for b in packed) / computed)
+
+
+class StopBetweenSteps(L.Callback):
+    """On the first Ctrl-C, finishes the optimiser step under way and saves what is needed to resume, then stops.
+
+    A second Ctrl-C stops at once; the run then resumes from its last regular checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.asked = False
+
+    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self.previous = signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self.previous)
+
+    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
+        if self.asked:
+            trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        signal.signal(signal.SIGINT, self.previous)
 
 
 class History(L.Callback):
