@@ -130,9 +130,19 @@ class Task(L.LightningModule):
         recipe = self.recipe
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self._planned_steps()
         schedule = get_cosine_schedule_with_warmup(optimizer, int(steps * recipe.warmup_ratio), steps)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _planned_steps(self) -> int:
+        """Optimiser steps of the whole run, epochs and `max_steps` considered."""
+        trainer: Any = self.trainer
+        data: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "steps_per_epoch"):
+            return int(trainer.estimated_stepping_batches)
+        # Lightning's own estimate starts the loader, which a resumed run must not do before it knows its place.
+        limits = [trainer.max_steps, (trainer.max_epochs or -1) * data.steps_per_epoch]
+        return min(limit for limit in limits if limit > 0)
 
     def _zero(self) -> Tensor:
         """A loss of zero in which every trained parameter has a part."""
