@@ -222,7 +222,7 @@ questions = st.lists(words | st.sampled_from(["<image>", "<video>", "<image><ima
 def rendered(rounds, name):
     if name == "plain":
         return "<s>" + "".join("".join(re.findall("<image>|<video>", q)) + f"{a}\n" for q, a in rounds)
-    if name in ("vicuna_v1", "whole_text"):
+    if name == "vicuna_v1":
         return f"<s>{SYSTEM} " + "".join(f"USER: {q} ASSISTANT: {a}</s>" for q, a in rounds)
     turn = "<|im_start|>{}\n{}<|im_end|>\n"
     return "".join(turn.format("user", q) + turn.format("assistant", a) for q, a in rounds)
@@ -240,9 +240,6 @@ def test_no_text_or_medium_is_lost_and_labels_are_the_tokens_themselves(rounds, 
         whole += chat_tokenizer.decode(run) if is_text else "".join(names[token] for token in run)
     assert whole == rendered(rounds, name)
     assert all(label in (token, IGNORE_INDEX) for token, label in zip(encoded.token_ids, encoded.labels, strict=True))
-    if name == "whole_text":
-        supervised = re.sub("<image>|<video>", "", whole)
-    else:
-        before, end = {"vicuna_v1": (" ", "</s>"), "chat": ("", "<|im_end|>\n"), "plain": ("", "\n")}[name]
-        supervised = "".join(before + answer + end for _, answer in rounds)
+    before, end = {"vicuna_v1": (" ", "</s>"), "chat": ("", "<|im_end|>\n"), "plain": ("", "\n")}[name]
+    supervised = "".join(before + answer + end for _, answer in rounds)
     assert supervised_text(encoded, chat_tokenizer) == supervised

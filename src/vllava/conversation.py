@@ -75,11 +75,6 @@ def plain(conversation: Sequence[Message], tokenizer: Any) -> list[Piece]:
     return pieces
 
 
-def whole_text(conversation: Sequence[Message], tokenizer: Any) -> list[Piece]:
-    """The text of vicuna_v1 with loss on every token: how a language model is pre-trained, not how it is tuned."""
-    return [Piece(piece.text, supervised=True) for piece in vicuna_v1(conversation, tokenizer)]
-
-
 def chat_template(conversation: Sequence[Message], tokenizer: Any) -> list[Piece]:
     """The tokenizer's own chat template.
 
@@ -108,7 +103,6 @@ def chat_template(conversation: Sequence[Message], tokenizer: Any) -> list[Piece
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": vicuna_v1,
     "plain": plain,
-    "whole_text": whole_text,
     "chat": chat_template,
 }
 

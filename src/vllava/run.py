@@ -20,12 +20,10 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from vllava.batch import MediumSpec
-from vllava.config import check
-from vllava.data.build import conversation_packer, sample_decoder
+from vllava.config import check, run_name
 from vllava.errors import UserError
-from vllava.evaluation.answers import answer_all, read_samples
-from vllava.evaluation.report import sample_rows, write_report
+from vllava.evaluation.preview import Preview
+from vllava.evaluation.report import write_report
 from vllava.model.build import load_tokenizer
 from vllava.model.checkpoint import load_projector
 from vllava.model.device import computes_in_bf16
@@ -72,7 +70,7 @@ def run_chain(cfg: DictConfig) -> None:
     seconds = {}
     for experiment in cfg.chain:
         started = time.time()
-        part = folder / f"{experiment}-{cfg.ablation}-s{cfg.seed}"
+        part = folder / run_name(experiment, cfg.ablation, cfg.seed)
         command = [
             sys.executable,
             sys.argv[0],
@@ -123,27 +121,6 @@ def train(cfg: DictConfig) -> None:
     log_samples(trainer.logger, rows)
     write_report(run_dir, run_dir.name, {}, rows, {cfg.experiment: run_dir / "loss.png"}, metrics)
     print(f"{cfg.experiment}: done in {time.time() - started:.0f} s; checkpoint, figures and report.html in {run_dir}")
-
-
-class Preview:
-    """A few held-out samples, read before training starts, that the trained model answers for the report."""
-
-    def __init__(self, sources: DictConfig, specs: dict[str, MediumSpec], tokenizer: Any, settings: Any) -> None:
-        data = settings["data"]
-        self.decode = sample_decoder(specs, data["image_fit"], data["decoder"])
-        self.packer = conversation_packer(specs, tokenizer, data["template"])
-        remedy = "Make them with `python -m data_prep.toy eval`."
-        self.samples = [
-            sample
-            for kind in specs
-            if kind in sources
-            for sample in read_samples(sources[kind], self.decode, remedy, limit=6)
-        ]
-
-    def rows(self, model: Any) -> list[dict[str, Any]]:
-        """What the report and the W&B table show: pictures, question, answer, truth."""
-        answers = answer_all(model.eval(), self.packer, self.samples, batch_size=len(self.samples), max_new_tokens=32)
-        return sample_rows(self.samples, answers, self.decode.preprocess)
 
 
 def unfinished(run_dir: Path, settings: Any) -> str | None:

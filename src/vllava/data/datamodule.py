@@ -47,7 +47,7 @@ class ShardDataset(Dataset):
 
 
 class GlobalBatchSampler(Sampler):
-    """Yields this rank's rows of each global batch of an epoch; the first time, skips the batches before `start`.
+    """Yields this rank's rows of each global batch of an epoch, from where `position`, (epoch, batch), says.
 
     The last batch of an epoch is smaller when the samples do not fill it: none is dropped, none repeated.
     """
@@ -55,19 +55,13 @@ class GlobalBatchSampler(Sampler):
     def __init__(self, shards: list[Shard], batch: int, seed: int, window: int, rank: int = 0, ranks: int = 1) -> None:
         self.shards, self.batch, self.seed, self.window = shards, batch, seed, window
         self.rank, self.ranks = rank, ranks
-        self.epoch = 0
-        self.start = 0
-        self.position: Callable[[], tuple[int, int]] | None = None  # says (epoch, batch) to start at
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.position: Callable[[], tuple[int, int]] = lambda: (0, 0)  # asked when an epoch begins
 
     def __len__(self) -> int:
         return -(-sum(shard.samples for shard in self.shards) // self.batch)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        epoch, start = self.position() if self.position else (self.epoch, self.start)
-        self.start = 0
+        epoch, start = self.position()
         order = epoch_order(self.shards, self.seed, epoch, self.window)
         for first in range(start * self.batch, len(order), self.batch):
             yield order[first : first + self.batch][self.rank :: self.ranks]
@@ -109,7 +103,7 @@ class DataModule(L.LightningDataModule):
         trainer = self.trainer
         rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         sampler = GlobalBatchSampler(self.shards, self.global_batch, self.seed, self.shuffle_window, rank, ranks)
-        if trainer:  # asked when an epoch begins: a resumed run goes on with the next unseen sample
+        if trainer:  # a resumed run goes on with the next unseen sample
             sampler.position = lambda: divmod(trainer.global_step, self.steps_per_epoch)
         return DataLoader(
             ShardDataset(self.shards, self.decode, self.assembler, open_shards=2 * self.shuffle_window),
