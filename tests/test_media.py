@@ -1,6 +1,10 @@
 """Files to pixels, against references written out here."""
 
 import io
+import multiprocessing
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +14,8 @@ from PIL import Image
 from shard_fixtures import audio_file, empty_video_file, image_file, jpeg, video_file
 
 from data_prep.toy_render import encode_mp4
-from vllava.data.media import CLIP_MEAN, CLIP_STD, DECODERS, Preprocess, decode_image, decode_video, frame_indices
+from vllava.data.media import CLIP_MEAN, CLIP_STD, Preprocess, decode_image
+from vllava.data.video import DECODERS, DecordDecoder, PyavDecoder, frame_indices, video_decoder
 from vllava.errors import UserError
 
 # --- which frames -----------------------------------------------------------------------------------------------------
@@ -76,7 +81,7 @@ CLIPS = {
 @pytest.mark.parametrize("name", CLIPS)
 def test_the_eight_uniformly_spaced_frames_are_decoded(name, decoder):
     count, make = CLIPS[name]
-    frames = decode_video(make(), 8, decoder)
+    frames = video_decoder(decoder)(make(), 8)
     numbers = [number_of(frame, count) for frame in frames]
     assert numbers == [int(i * (count - 1) / 7) for i in range(8)]
 
@@ -84,7 +89,7 @@ def test_the_eight_uniformly_spaced_frames_are_decoded(name, decoder):
 @pytest.mark.parametrize("name", CLIPS)
 def test_decord_and_pyav_give_the_same_frames(name):
     data = CLIPS[name][1]()
-    pairs = zip(decode_video(data, 8, "decord"), decode_video(data, 8, "pyav"), strict=True)
+    pairs = zip(video_decoder("decord")(data, 8), video_decoder("pyav")(data, 8), strict=True)
     for one, other in pairs:
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 2
 
@@ -94,7 +99,7 @@ def test_colours_survive_decoding(decoder):
     frames = np.zeros((8, 64, 64, 3), np.uint8)
     frames[:, :32] = (200, 60, 40)
     frames[:, 32:] = (30, 90, 210)
-    decoded = np.asarray(decode_video(encode_mp4(frames), 8, decoder)[5], int)
+    decoded = np.asarray(video_decoder(decoder)(encode_mp4(frames), 8)[5], int)
     assert np.abs(decoded[8:24].mean((0, 1)) - (200, 60, 40)).max() < 8
     assert np.abs(decoded[40:56].mean((0, 1)) - (30, 90, 210)).max() < 8
 
@@ -115,7 +120,7 @@ def test_colours_survive_decoding(decoder):
 )
 def test_a_video_that_cannot_be_read_is_an_error_of_one_line(data, reason, decoder):
     with pytest.raises(UserError, match=reason) as error:
-        decode_video(data(), 8, decoder)
+        video_decoder(decoder)(data(), 8)
     assert "\n" not in str(error.value)
 
 
@@ -128,15 +133,67 @@ def damaged(data, seed):
     return bytes(data[: rng.integers(len(data))] if seed % 4 == 0 else data)
 
 
-def test_a_damaged_video_gives_frames_or_an_error_that_names_the_reason():
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_damaged_video_gives_frames_or_an_error_that_names_the_reason(name):
+    decode = video_decoder(name)
     outcomes = set()
-    for seed in range(300):
+    for seed in range(300):  # some of these crash decord
         try:
-            outcomes.add(len(decode_video(damaged(_TOY_CLIP, seed), 8, "pyav")))
+            outcomes.add(len(decode(damaged(_TOY_CLIP, seed), 8)))
         except UserError as error:
             outcomes.add("error")
             assert "video" in str(error)
     assert outcomes == {8, "error"}
+
+
+def test_a_video_that_crashes_decord_is_an_error_and_the_next_one_is_decoded():
+    decode = DecordDecoder()
+    decode(_TOY_CLIP, 8)
+    os.kill(decode._process.pid, signal.SIGSEGV)
+    with pytest.raises(UserError, match=r"decord crashed: SIGSEGV"):
+        decode(_TOY_CLIP, 8)
+    assert len(decode(_TOY_CLIP, 8)) == 8
+
+
+def test_a_video_that_takes_too_long_is_an_error_and_the_next_one_is_decoded():
+    decode = DecordDecoder(seconds=1.0)
+    decode(_TOY_CLIP, 8)
+    os.kill(decode._process.pid, signal.SIGSTOP)  # as good as a hang: it will not answer
+    with pytest.raises(UserError, match="did not return within 1 s"):
+        decode(_TOY_CLIP, 8)
+    decode.seconds = 60
+    assert len(decode(_TOY_CLIP, 8)) == 8
+
+
+def test_the_process_of_decord_is_renewed_and_ends_with_its_decoder():
+    decode = DecordDecoder(videos=2)
+    processes = {}
+    for _ in range(4):
+        decode(_TOY_CLIP, 8)
+        processes[decode._process.pid] = decode._process
+    assert len(processes) == 2
+    decode.__del__()
+    assert all(process.poll() is not None for process in processes.values())
+
+
+def test_a_forked_worker_gets_a_process_of_its_own():
+    decode = DecordDecoder()
+    decode(_TOY_CLIP, 8)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        theirs = pool.submit(frames_and_ownership, decode).result()
+    assert theirs == (8, True) and len(decode(_TOY_CLIP, 8)) == 8
+
+
+def frames_and_ownership(decode):
+    return len(decode(_TOY_CLIP, 8)), decode._owner == os.getpid()
+
+
+def test_auto_is_decord_where_it_is_installed_and_pyav_elsewhere(monkeypatch):
+    assert isinstance(video_decoder("auto"), DecordDecoder)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert isinstance(video_decoder("auto"), PyavDecoder)
+    with pytest.raises(UserError, match="not installed"):
+        video_decoder("decord")
 
 
 _TOY_CLIP = encode_mp4(numbered_frames(16, 64, 64))
@@ -144,7 +201,7 @@ _TOY_CLIP = encode_mp4(numbered_frames(16, 64, 64))
 
 def test_an_unknown_decoder_is_an_error_that_lists_the_known_ones():
     with pytest.raises(UserError, match="decord, pyav"):
-        decode_video(_TOY_CLIP, 8, "ffmpeg")
+        video_decoder("ffmpeg")(_TOY_CLIP, 8)
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -268,7 +325,7 @@ def test_frames_of_videos_are_cropped_also_where_images_are_padded():
 
 def test_decoding_twice_gives_the_same_pixels():
     for _ in range(5):
-        one, other = (Preprocess().video(decode_video(_TOY_CLIP, 8), 64) for _ in range(2))
+        one, other = (Preprocess().video(video_decoder("decord")(_TOY_CLIP, 8), 64) for _ in range(2))
         assert (one == other).all()
         one, other = (Preprocess("pad").image(decode_image(image_file(noise(70, 50))), 64) for _ in range(2))
         assert (one == other).all()
@@ -281,7 +338,7 @@ def test_left_stays_left(fit):
     for _ in range(20):
         image = Preprocess(fit).image(decode_image(image_file(pixels)), 64)
         assert image[..., :30].min() > image[..., 34:].max()
-        video = Preprocess(fit).video(decode_video(encode_mp4(np.stack([pixels] * 8)), 8), 64)
+        video = Preprocess(fit).video(video_decoder("decord")(encode_mp4(np.stack([pixels] * 8)), 8), 64)
         assert video[..., :30].min() > video[..., 34:].max()
 
 

@@ -21,8 +21,8 @@ from shard_fixtures import (
 )
 
 from data_prep.shards import modality
+from vllava.data.build import sample_decoder
 from vllava.data.media import Preprocess
-from vllava.data.samples import SampleDecoder
 from vllava.data.shards import Shard, ShardReader, epoch_order, read_manifest
 from vllava.errors import UserError
 
@@ -97,7 +97,7 @@ def test_key_ends_at_the_first_dot_of_the_file_name_not_of_a_folder(tmp_path):
 
 
 def decode(members):
-    return SampleDecoder(SPECS, Preprocess())("key", members)
+    return sample_decoder(SPECS)("key", members)
 
 
 def mean_shade(pixels):
@@ -143,7 +143,7 @@ def test_too_few_prepared_frames_are_an_error():
 def test_a_medium_without_an_encoder_is_an_error():
     members = {"json": json.dumps({"conversations": talk()}).encode(), "0.jpg": jpeg()}
     with pytest.raises(UserError, match="image"):
-        SampleDecoder({"video": SPECS["video"]}, Preprocess())("key", members)
+        sample_decoder({"video": SPECS["video"]})("key", members)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from data_prep import toy
 from data_prep.toy_language import caption, existence, in_words, question_conversation
 from data_prep.toy_render import RGB, encode_jpeg, encode_mp4, render
 from data_prep.toy_scene import CELL, IMAGE_SIZE, NOVEL_PAIRS, RADIUS, Scene, Thing, draw_clip, draw_picture
-from vllava.data.media import decode_image, decode_video
+from vllava.data.media import decode_image
+from vllava.data.video import video_decoder
 
 COLOURS = "red|green|blue|yellow|purple|orange|white|black"
 SHAPES = "circle|square|triangle|cross|ring"
@@ -407,7 +408,7 @@ def test_files_show_what_was_rendered():
         assert np.abs(shown - pixels).mean() < 8
     for scene in scenes(draw_clip, 10):
         frames = render(scene)
-        shown = decode_video(encode_mp4(frames), 8, "pyav")
+        shown = video_decoder("pyav")(encode_mp4(frames), 8)
         for index, picture in zip((0, 2, 4, 6, 8, 10, 12, 15), shown, strict=True):
             assert np.abs(np.asarray(picture, int) - frames[index].astype(int)).mean() < 12
 

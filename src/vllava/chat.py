@@ -9,8 +9,8 @@ from pathlib import Path
 
 from vllava.conversation import Message
 from vllava.data.build import conversation_packer, sample_decoder
-from vllava.data.media import decode_image, decode_video
 from vllava.data.samples import Medium, Sample, SampleDecoder
+from vllava.data.video import DECODERS
 from vllava.errors import UserError
 from vllava.evaluation.answers import ask
 from vllava.model.checkpoint import load
@@ -19,15 +19,10 @@ from vllava.model.device import best_device
 
 def read_medium(kind: str, path: Path, decode: SampleDecoder) -> Medium:
     """An image or video file as the model takes it; raises UserError that names the file."""
-    if kind not in decode.specs:
-        raise UserError(f"This model takes no {kind}s: it was trained without an encoder for them.")
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
-    spec, preprocess = decode.specs[kind], decode.preprocess
     try:
-        if kind == "image":
-            return Medium(kind, preprocess.image(decode_image(path.read_bytes()), spec.size))
-        return Medium(kind, preprocess.video(decode_video(path.read_bytes(), spec.frames, decode.decoder), spec.size))
+        return decode.image(path.read_bytes()) if kind == "image" else decode.video(path.read_bytes())
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -78,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--video", action=_Show, metavar="FILE", help="a video to show (may be repeated)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: %(default)s)")
     parser.add_argument(
-        "--decoder", default="decord", choices=("decord", "pyav"), help="of videos (default: %(default)s)"
+        "--decoder", default="auto", choices=("auto", *DECODERS), help="of videos (default: %(default)s)"
     )
     parser.set_defaults(media=[])
     options = parser.parse_args(arguments)

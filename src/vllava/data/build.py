@@ -10,6 +10,7 @@ from vllava.data.datamodule import DataModule
 from vllava.data.media import Preprocess
 from vllava.data.packing import CaptionPairs, ConversationPacker
 from vllava.data.samples import SampleDecoder
+from vllava.data.video import video_decoder
 from vllava.errors import UserError
 
 Specs = dict[str, MediumSpec]
@@ -31,9 +32,9 @@ def conversation_packer(
     return ConversationPacker(tokenizer, find_template(template), specs, token_budget, max_length)
 
 
-def sample_decoder(specs: Specs, image_fit: str = "crop", decoder: str = "decord") -> SampleDecoder:
+def sample_decoder(specs: Specs, image_fit: str = "crop", decoder: str = "auto") -> SampleDecoder:
     """The decoder for a model's specs."""
-    return SampleDecoder(specs, Preprocess(fit=image_fit), decoder)
+    return SampleDecoder(specs, Preprocess(fit=image_fit), video_decoder(decoder))
 
 
 def conversation_data(
@@ -47,7 +48,7 @@ def conversation_data(
     max_length: int = 3072,
     token_budget: int = 8192,
     image_fit: str = "crop",
-    decoder: str = "decord",
+    decoder: str = "auto",
     remedy: str = "",
     workers: int = -1,
     shuffle_window: int = 64,
@@ -78,7 +79,7 @@ def caption_data(
     seed: int,
     max_length: int = 77,
     image_fit: str = "crop",
-    decoder: str = "decord",
+    decoder: str = "auto",
     remedy: str = "",
     workers: int = -1,
     shuffle_window: int = 64,

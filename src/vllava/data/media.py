@@ -1,4 +1,4 @@
-"""Files to pixels: decode an image or uniformly spaced frames of a video, resize, normalise. No augmentation."""
+"""Pictures to pixels: decode an image file, resize, normalise. No augmentation. Videos: see video.py."""
 
 from __future__ import annotations
 
@@ -16,12 +16,6 @@ from vllava.errors import UserError
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FITS = ("crop", "pad")
-DECODERS = ("decord", "pyav")
-
-
-def frame_indices(total: int, frames: int) -> list[int]:
-    """`frames` uniformly spaced indices, first and last included, truncated as the original code does."""
-    return np.linspace(0, total - 1, frames).astype(int).tolist()
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -30,43 +24,6 @@ def decode_image(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"unreadable image ({error})") from error
-
-
-def decode_video(data: bytes, frames: int, decoder: str = "decord") -> list[Image.Image]:
-    """`frames` uniformly spaced frames of a video file; raises UserError if it is unreadable or has none."""
-    if decoder not in DECODERS:
-        raise UserError(f"data.decoder={decoder!r} is not known; there are: {', '.join(DECODERS)}.")
-    try:
-        found = _decord_frames(data, frames) if decoder == "decord" else _pyav_frames(data, frames)
-    except UserError:
-        raise
-    except Exception as error:  # decoders raise whatever they like at a damaged file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"unreadable video ({reason[0]})") from error
-    if len(found) == 0:
-        raise UserError("the video has no frames")
-    return [Image.fromarray(frame) for frame in found]
-
-
-def _decord_frames(data: bytes, frames: int) -> np.ndarray:
-    try:
-        import decord
-    except ImportError as error:
-        raise UserError("decord is not installed here: choose data.decoder=pyav.") from error
-    reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
-    total = len(reader)
-    return reader.get_batch(frame_indices(total, frames)).asnumpy() if total else np.empty(0)
-
-
-def _pyav_frames(data: bytes, frames: int) -> list[np.ndarray]:
-    import av
-
-    with av.open(io.BytesIO(data)) as container:
-        if not container.streams.video:
-            return []
-        decoded = list(container.decode(video=0))
-        indices = frame_indices(len(decoded), frames) if decoded else []
-        return [decoded[i].to_ndarray(format="rgb24") for i in indices]
 
 
 @dataclass(frozen=True)

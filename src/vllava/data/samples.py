@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vllava.batch import MediumSpec
 from vllava.conversation import Message
-from vllava.data.media import Preprocess, decode_image, decode_video
+from vllava.data.media import Preprocess, decode_image
+from vllava.data.video import VideoDecoder
 from vllava.errors import UserError
 
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi", "mov", "gif")
@@ -35,14 +36,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleDecoder:
-    """Turns the members of a shard's sample into a Sample.
-
-    `specs` says which media the model takes and at which size; `decoder` is decord or pyav.
-    """
+    """Turns the members of a shard's sample into a Sample; `specs` says which media the model takes, at which size."""
 
     specs: dict[str, MediumSpec]
     preprocess: Preprocess
-    decoder: str = "decord"
+    video_decoder: VideoDecoder
 
     def __call__(self, key: str, members: dict[str, bytes]) -> Sample:
         """Raises UserError, without the key, for anything that is wrong with this sample."""
@@ -53,23 +51,31 @@ class SampleDecoder:
             raise UserError(f"no readable JSON record with a conversation ({error!r})") from error
         return Sample(key, conversation, [self._medium(files) for files in _media_files(members)], record)
 
+    def image(self, data: bytes) -> Medium:
+        """An image file as the model takes it; raises UserError if it cannot be read or the model takes none."""
+        return Medium("image", self.preprocess.image(decode_image(data), self._spec("image").size))
+
+    def video(self, data: bytes) -> Medium:
+        """A video file as the model takes it; raises UserError if it cannot be read or the model takes none."""
+        spec = self._spec("video")
+        return Medium("video", self.preprocess.video(self.video_decoder(data, spec.frames), spec.size))
+
+    def frames(self, files: list[bytes]) -> Medium:
+        """A video whose frames were taken at preparation time."""
+        spec = self._spec("video")
+        if len(files) != spec.frames:
+            raise UserError(f"{len(files)} prepared frames, the model takes {spec.frames}")
+        return Medium("video", self.preprocess.video([decode_image(data) for data in files], spec.size))
+
     def _medium(self, files: list[tuple[str, bytes]]) -> Medium:
-        """One medium from its files: a video file, an image, or a video's frames taken at preparation time."""
         extension, data = files[0]
         if extension.startswith("frame"):
-            spec = self._spec("video")
-            pictures = [decode_image(frame) for _, frame in files]
-            if len(pictures) != spec.frames:
-                raise UserError(f"{len(pictures)} prepared frames, the model takes {spec.frames}")
-            return Medium("video", self.preprocess.video(pictures, spec.size))
-        if extension in VIDEO_EXTENSIONS:
-            spec = self._spec("video")
-            return Medium("video", self.preprocess.video(decode_video(data, spec.frames, self.decoder), spec.size))
-        return Medium("image", self.preprocess.image(decode_image(data), self._spec("image").size))
+            return self.frames([frame for _, frame in files])
+        return self.video(data) if extension in VIDEO_EXTENSIONS else self.image(data)
 
     def _spec(self, kind: str) -> MediumSpec:
         if kind not in self.specs:
-            raise UserError(f"the sample has a medium of kind {kind}, but the model has no encoder for it")
+            raise UserError(f"the model has no encoder for a medium of kind {kind}")
         return self.specs[kind]
 
 

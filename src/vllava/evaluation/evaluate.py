@@ -26,7 +26,7 @@ def evaluate(
     remedy: str,
     batch_size: int = 64,
     max_new_tokens: int = 16,
-    decoder: str = "decord",
+    decoder: str = "auto",
     shown: int = 8,
     plots: dict[str, str] | None = None,
 ) -> dict:
