@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
@@ -41,6 +42,8 @@ def run(cfg: DictConfig) -> None:
     Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
     if cfg.chain:
         run_chain(cfg)
+    elif HydraConfig.get().mode is RunMode.MULTIRUN:
+        run_apart(cfg.experiment, cfg.run_dir)
     elif cfg.evaluation:
         instantiate(cfg.evaluation)
     else:
@@ -58,30 +61,28 @@ def quiet(level: str) -> None:
     warnings.filterwarnings("ignore", module="lightning")  # advice about checkpoints and modes chosen on purpose
 
 
-def run_chain(cfg: DictConfig) -> None:
-    """Run the experiments of a chain one after the other, each in a process and a folder of its own.
+def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> float:
+    """Run one experiment in a process of its own, with the overrides of this run and `changes`; returns the seconds.
 
-    Every experiment gets the overrides of this run. A process each keeps memory apart and lets any of them
-    start several device processes, also from a sweep.
+    A process each keeps memory apart, and lets a run of a sweep start a process for each device: Lightning starts
+    those by repeating the command line, which would be the whole sweep's.
     """
-    ours = ("+experiment=", "experiment=", "run_dir=", "runs=")
+    ours = ("+experiment=", "experiment=", "run_dir=")
     given = [override for override in HydraConfig.get().overrides.task if not override.startswith(ours)]
+    started = time.time()
+    command = [sys.executable, sys.argv[0], f"+experiment={experiment}", *given, *changes, f"run_dir={run_dir}"]
+    if subprocess.run(command).returncode != 0:
+        raise UserError(f"{experiment} failed (see above). Its folder: {run_dir}.")
+    return round(time.time() - started, 1)
+
+
+def run_chain(cfg: DictConfig) -> None:
+    """Run the experiments of a chain one after the other, each in a folder of its own below the run's."""
     folder = Path(cfg.run_dir)
     seconds = {}
     for experiment in cfg.chain:
-        started = time.time()
         part = folder / run_name(experiment, cfg.ablation, cfg.seed)
-        command = [
-            sys.executable,
-            sys.argv[0],
-            f"+experiment={experiment}",
-            *given,
-            f"runs={folder}",
-            f"run_dir={part}",
-        ]
-        if subprocess.run(command).returncode != 0:
-            raise UserError(f"{experiment} failed (see above), so {cfg.experiment} stops here. Its folder: {part}.")
-        seconds[experiment] = round(time.time() - started, 1)
+        seconds[experiment] = run_apart(experiment, part, f"runs={folder}")
     last = json.loads((part / "metrics.json").read_text())
     seconds["total"] = round(sum(seconds.values()), 1)
     (folder / "metrics.json").write_text(json.dumps({**last, "seconds": seconds}, indent=1) + "\n")

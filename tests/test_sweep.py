@@ -1,0 +1,64 @@
+"""Sweeps: every combination runs once, in a folder whose name says what it is, also on several devices."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from shard_fixtures import ROOT
+
+from data_prep.toy import make
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A function that runs a sweep on a small world and returns its folder and what it printed."""
+    world = tmp_path_factory.mktemp("world")
+    for split in ("stage1", "stage2", "eval"):
+        make(split, world, seed=0, scale=0.005, processes=2)
+
+    def run(*arguments):
+        runs = tmp_path_factory.mktemp("runs")
+        settings = [f"world={world}", f"runs={runs}", "logger=none"]
+        done = subprocess.run(
+            [sys.executable, "train.py", "-m", *arguments, *settings], cwd=ROOT, capture_output=True, text=True
+        )
+        return runs, done
+
+    return run
+
+
+def folders(runs):
+    return {path.name for path in runs.iterdir() if path.is_dir()}
+
+
+def test_a_sweep_of_whole_chains_trains_and_evaluates_each_system(sweep):
+    runs, done = sweep("+experiment=full", "+ablation=image_only,video_only")
+    assert done.returncode == 0, done.stderr
+    assert folders(runs) == {"full-image_only-s1", "full-video_only-s1"}
+    for ablation, medium in (("image_only", "image"), ("video_only", "video")):
+        chain = runs / f"full-{ablation}-s1"
+        parts = {f"{experiment}-{ablation}-s1" for experiment in ("stage1", "stage2", "evaluate")}
+        assert folders(chain) >= parts
+        metrics = json.loads((chain / "metrics.json").read_text())
+        assert {"image", "video"} & set(metrics) == {medium} and metrics[medium]["n"] > 0
+        stage2 = (chain / f"stage2-{ablation}-s1" / "config.yaml").read_text()
+        assert f"{chain}/stage1-{ablation}-s1/checkpoint/projector.safetensors" in stage2
+
+
+def test_each_run_of_a_sweep_may_use_several_devices(sweep):
+    devices = ("trainer.accelerator=cpu", "trainer.devices=2", "data.workers=0")
+    runs, done = sweep("+experiment=stage1", "seed=1,2", *devices)
+    assert done.returncode == 0, done.stderr
+    changed = ",".join(sorted(devices))
+    assert {name.split(",world")[0] for name in folders(runs)} == {f"stage1-united-s{seed}-{changed}" for seed in (1, 2)}
+    assert done.stdout.count("stage1: done") == 2
+    for folder in runs.iterdir():
+        if folder.is_dir():
+            assert json.loads((folder / "metrics.json").read_text())["samples"] == 30
+
+
+def test_a_sweep_stops_at_a_run_that_lacks_its_projector(sweep):
+    runs, done = sweep("+experiment=stage2", "+ablation=image_only,video_only")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert f"{runs}/stage1-image_only-s1/checkpoint/projector.safetensors" in done.stderr
