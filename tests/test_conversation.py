@@ -7,7 +7,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from vllava.batch import IGNORE_INDEX
@@ -143,8 +143,8 @@ def trimming_tokenizer():
     return _trained(core, pre_tokenizers.ByteLevel.alphabet())
 
 
-def _trained(core, alphabet):
-    special = ["<s>", "</s>", "<unk>"]
+def _trained(core, alphabet, extra=()):
+    special = ["<s>", "</s>", "<unk>", *extra]
     text = [SYSTEM, "USER: What is it? ASSISTANT: A red ball", "USER: Where? ASSISTANT: On the left. <|im_start|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
@@ -153,12 +153,73 @@ def _trained(core, alphabet):
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-@pytest.mark.parametrize("make", [metaspace_tokenizer, trimming_tokenizer])
+def llama_tokenizer():
+    """Llama's own file: the space before the first word is put there by a normaliser, unknown letters are bytes."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no token reaches over a space
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = _trained(core, [], extra=[f"<0x{byte:02X}>" for byte in range(256)])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def by_the_originals_rule(tokenizer, rounds):
+    """Token ids and labels as the original finds them: by tokenising each round, and its beginning, once more.
+
+    Each stretch of text between placeholders is tokenised on its own and loses its BOS.
+    """
+
+    def ids_of(text):
+        parts = re.split("(<image>|<video>)", text)
+        ids = [tokenizer.bos_token_id]
+        for part in parts:
+            medium = PLACEHOLDER_IDS.get(part.strip("<>")) if part in ("<image>", "<video>") else None
+            ids += [medium] if medium else tokenizer(part)["input_ids"][1:]
+        return ids
+
+    texts = [f"USER: {question} ASSISTANT: {answer}" for question, answer in rounds]
+    texts[0] = f"{SYSTEM} {texts[0]}"
+    ids = ids_of("".join(f"{text}</s>" for text in texts))
+    labels = [IGNORE_INDEX] * len(ids)
+    at = 1
+    for text, (_, answer) in zip(texts, rounds, strict=True):
+        asked = len(ids_of(text.removesuffix(answer))) - 2
+        length = len(ids_of(text))
+        labels[at + asked : at + length] = ids[at + asked : at + length]
+        at += length
+    assert at == len(ids), "the original would mask the whole sample"
+    return ids, labels
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rounds=st.lists(
+        st.tuples(
+            st.lists(
+                st.sampled_from(["What is it?", "Où est le café?", "<image>\n", "<video>\n", "two 🙂", "x"]), min_size=1
+            ),
+            st.sampled_from(["A red ball", "è un caffè ☕", "No.", "On the left. It moves.", "42", "左"]),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_vicuna_labels_are_those_of_the_originals_rule(rounds):
+    tokenizer = llama_tokenizer()
+    rounds = [(" ".join(question), answer) for question, answer in rounds]
+    encoded = encode(turns(*sum(rounds, ())), tokenizer, TEMPLATES["vicuna_v1"])
+    assert (encoded.token_ids, encoded.labels) == by_the_originals_rule(tokenizer, rounds)
+
+
+@pytest.mark.parametrize("make", [metaspace_tokenizer, trimming_tokenizer, llama_tokenizer])
 def test_other_kinds_of_tokenizers_are_labelled_as_exactly(make):
     tokenizer = make()
     encoded = encode(turns("What is it?", "A red ball", "Where?", "On the left."), tokenizer, TEMPLATES["vicuna_v1"])
-    whole = f"<s>{SYSTEM} USER: What is it? ASSISTANT: A red ball</s>USER: Where? ASSISTANT: On the left.</s>"
-    assert encoded.token_ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    whole = f"{SYSTEM} USER: What is it? ASSISTANT: A red ball</s>USER: Where? ASSISTANT: On the left.</s>"
+    assert encoded.token_ids == [tokenizer.bos_token_id, *tokenizer(whole, add_special_tokens=False)["input_ids"]]
 
     runs, previous = [], IGNORE_INDEX
     for label in encoded.labels:

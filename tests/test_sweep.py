@@ -51,7 +51,9 @@ def test_each_run_of_a_sweep_may_use_several_devices(sweep):
     runs, done = sweep("+experiment=stage1", "seed=1,2", *devices)
     assert done.returncode == 0, done.stderr
     changed = ",".join(sorted(devices))
-    assert {name.split(",world")[0] for name in folders(runs)} == {f"stage1-united-s{seed}-{changed}" for seed in (1, 2)}
+    assert {name.split(",world")[0] for name in folders(runs)} == {
+        f"stage1-united-s{seed}-{changed}" for seed in (1, 2)
+    }
     assert done.stdout.count("stage1: done") == 2
     for folder in runs.iterdir():
         if folder.is_dir():

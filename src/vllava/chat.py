@@ -28,10 +28,15 @@ def read_medium(kind: str, path: Path, decode: SampleDecoder) -> Medium:
 
 
 def answers(
-    checkpoint: str, media: list[tuple[str, Path]], questions: Iterable[str], max_new_tokens: int, decoder: str
+    checkpoint: str,
+    media: list[tuple[str, Path]],
+    questions: Iterable[str],
+    max_new_tokens: int,
+    decoder: str = "auto",
+    num_frames: int | None = None,
 ) -> Iterator[str]:
     """Answer questions in one conversation; the media are shown before the first."""
-    model, tokenizer, description = load(checkpoint)
+    model, tokenizer, description = load(checkpoint, num_frames)
     model.to(best_device())
     decode = sample_decoder(model.specs, description.image_fit, decoder)
     packer = conversation_packer(model.specs, tokenizer, description.template)
@@ -75,11 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--decoder", default="auto", choices=("auto", *DECODERS), help="of videos (default: %(default)s)"
     )
+    parser.add_argument("--num-frames", type=int, help="of a video (default: as in training)")
     parser.set_defaults(media=[])
     options = parser.parse_args(arguments)
     questions = options.question or typed()
     try:
-        for answer in answers(options.checkpoint, options.media, questions, options.max_new_tokens, options.decoder):
+        for answer in answers(
+            options.checkpoint, options.media, questions, options.max_new_tokens, options.decoder, options.num_frames
+        ):
             print(answer, flush=True)
     except UserError as error:
         sys.exit(f"error: {error.paragraph}")

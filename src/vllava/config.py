@@ -92,7 +92,7 @@ def _check_node(where: str, node: Any) -> None:
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         _known(where, set(node) - _HYDRA_KEYS, set(parameters))
     for key, value in node.items():
-        hint = hints.get(key)
+        hint = next((h for h in typing.get_args(hints.get(key)) if dataclasses.is_dataclass(h)), hints.get(key))
         if dataclasses.is_dataclass(hint) and isinstance(value, dict):
             _known(f"{where}.{key}", set(value), {field.name for field in dataclasses.fields(hint)})
         else:

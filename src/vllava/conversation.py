@@ -24,10 +24,11 @@ Message = dict[str, str]  # {"from": "human" | "gpt", "value": text}, LLaVA's fo
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text and whether its tokens carry loss."""
+    """A stretch of text and whether its tokens carry loss; a `token` stands by itself, apart from the text after it."""
 
     text: str
     supervised: bool = False
+    token: bool = False
 
 
 Template = Callable[[Sequence[Message], Any], list[Piece]]
@@ -55,7 +56,7 @@ VICUNA_SYSTEM = (
 
 def vicuna_v1(conversation: Sequence[Message], tokenizer: Any) -> list[Piece]:
     """Vicuna v1: `{system} USER: {question} ASSISTANT: {answer}</s>USER: …`; loss on ` {answer}</s>`."""
-    pieces = [Piece(_bos(tokenizer) + VICUNA_SYSTEM + " ")]
+    pieces = [*_bos(tokenizer), Piece(VICUNA_SYSTEM + " ")]
     for message in conversation:
         if message["from"] == "human":
             pieces.append(Piece(f"USER: {message['value']} ASSISTANT:"))
@@ -66,7 +67,7 @@ def vicuna_v1(conversation: Sequence[Message], tokenizer: Any) -> list[Piece]:
 
 def plain(conversation: Sequence[Message], tokenizer: Any) -> list[Piece]:
     """LLaVA-1.5's first-stage format: the visual tokens, the caption and a newline; the instruction is not used."""
-    pieces = [Piece(_bos(tokenizer))]
+    pieces = _bos(tokenizer)
     for message in conversation:
         if message["from"] == "human":
             pieces.append(Piece("".join(f"<{kind}>" for kind in _PLACEHOLDER.findall(message["value"]))))
@@ -122,6 +123,9 @@ def encode(conversation: Sequence[Message], tokenizer: Any, template: Template) 
     """
     _check(conversation)
     pieces = template(conversation, tokenizer)
+    ids = [tokenizer.convert_tokens_to_ids(piece.text) for piece in pieces if piece.token]
+    labels = [IGNORE_INDEX] * len(ids)
+    pieces = [piece for piece in pieces if not piece.token]
     text = "".join(piece.text for piece in pieces)
     supervised = bytearray(len(text))  # per character
     start = 0
@@ -129,8 +133,6 @@ def encode(conversation: Sequence[Message], tokenizer: Any, template: Template) 
         supervised[start : start + len(piece.text)] = bytes([piece.supervised]) * len(piece.text)
         start += len(piece.text)
 
-    ids: list[int] = []
-    labels: list[int] = []
     start = 0
     for match in [*_PLACEHOLDER.finditer(text), None]:
         stop = match.start() if match else len(text)
@@ -151,8 +153,8 @@ def without_media(conversation: Sequence[Message]) -> list[Message]:
     return [{**message, "value": _PLACEHOLDER.sub("", message["value"]).strip()} for message in conversation]
 
 
-def _bos(tokenizer: Any) -> str:
-    return tokenizer.bos_token or ""
+def _bos(tokenizer: Any) -> list[Piece]:
+    return [Piece(tokenizer.bos_token, token=True)] if tokenizer.bos_token else []
 
 
 def _check(conversation: Sequence[Message]) -> None:

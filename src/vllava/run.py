@@ -102,6 +102,7 @@ def train(cfg: DictConfig) -> None:
     if cfg.projector:
         load_projector(model, Path(cfg.projector))
     task: Task = instantiate(cfg.task)(model=model)
+    task.check(settings)
     data = instantiate(cfg.data, _convert_="all")(specs=task.specs, tokenizer=tokenizer)
     preview = Preview(cfg.preview, task.specs, tokenizer, settings) if cfg.preview else None
     announce(cfg, task, data)

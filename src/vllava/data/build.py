@@ -52,12 +52,19 @@ def conversation_data(
     remedy: str = "",
     workers: int = -1,
     shuffle_window: int = 64,
+    num_frames: int | None = None,
 ) -> DataModule:
     """Conversations in packed micro-batches, for the stages and for training a language model.
 
-    sources: modality -> name -> folder of shards; only `modalities` are used. See DataModule, ConversationPacker,
+    sources: modality -> name -> folder of shards; only `modalities` are used. num_frames: frames of a video, which
+    the video encoder decides; raises UserError if it takes another number. See DataModule, ConversationPacker,
     Preprocess and SampleDecoder for the other settings.
     """
+    if num_frames and "video" in specs and specs["video"].frames != num_frames:
+        raise UserError(
+            f"data.num_frames={num_frames}, but the video encoder takes {specs['video'].frames} frames: set "
+            "encoder.video.frames to the same number."
+        )
     return DataModule(
         _chosen(sources, modalities),
         sample_decoder(specs, image_fit, decoder),

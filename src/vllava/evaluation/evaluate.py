@@ -27,20 +27,22 @@ def evaluate(
     batch_size: int = 64,
     max_new_tokens: int = 16,
     decoder: str = "auto",
+    num_frames: int | None = None,
     shown: int = 8,
     plots: dict[str, str] | None = None,
 ) -> dict:
     """Answer every question of every source whose medium the model takes; write metrics, answers and a report.
 
     sources: medium -> name -> folder of shards; the headline figures are over all sources of a medium together.
-    `shown` samples of each medium, and the loss curves `plots` (name -> PNG file), go into the report.
+    num_frames: of a video, if not as in training. `shown` samples of each medium, and the loss curves `plots`
+    (name -> PNG file), go into the report.
     Writes metrics.json, answers.jsonl and report.html to `run_dir`, and prints a table. Raises UserError for a
     missing checkpoint or shards.
     """
     started = time.time()
     if unknown := sorted(set(sources) - set(MEDIA_KINDS)):
         raise UserError(f"evaluation.sources names {', '.join(unknown)}; there are: {', '.join(MEDIA_KINDS)}.")
-    model, tokenizer, description = load(checkpoint)
+    model, tokenizer, description = load(checkpoint, num_frames)
     model.to(best_device())
     decode = sample_decoder(model.specs, description.image_fit, decoder)
     packer = conversation_packer(model.specs, tokenizer, description.template)

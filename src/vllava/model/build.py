@@ -23,6 +23,7 @@ from vllava.model.attention import PACKED
 from vllava.model.encoders import Encoder
 from vllava.model.files import Checkpoint
 from vllava.model.languagebind import LanguageBind
+from vllava.model.lora import Lora, add_lora
 from vllava.model.video_llava import VideoLlava
 
 
@@ -64,8 +65,13 @@ def fresh_llm(
     max_position_embeddings: int = 4096,
     tie_word_embeddings: bool = False,
     initializer_range: float = 0.02,
+    start_from: str | None = None,
 ) -> nn.Module:
-    """A randomly initialised Llama for the tokenizer saved at `tokenizer_path`; settings as in LlamaConfig."""
+    """A Llama for the tokenizer saved at `tokenizer_path`, random or with the weights of the folder `start_from`.
+
+    The other settings are those of LlamaConfig. Tokens that were added to the tokenizer as phrases start as the sum of
+    their words, see `compose_phrases`.
+    """
     tokenizer = load_tokenizer(tokenizer_path)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -80,7 +86,28 @@ def fresh_llm(
         **_special_ids(tokenizer),
     )
     config._attn_implementation = PACKED
-    return LlamaForCausalLM(config)
+    llm = LlamaForCausalLM(config)
+    compose_phrases(llm.get_input_embeddings(), tokenizer)
+    if start_from is not None:
+        llm.load_state_dict(load_llm(start_from).state_dict())
+    return llm
+
+
+@torch.no_grad()
+def compose_phrases(embeddings: nn.Embedding, tokenizer: Any) -> None:
+    """Let each phrase among the added tokens start as the sum of its words' embeddings, scaled to the size of one.
+
+    A phrase is an added token that is not special, such as `small red circle`; without it the tokenizer would
+    write several tokens. Starting from a random vector instead, a small model takes several times the steps to
+    find out what the phrases have in common.
+    """
+    backend = tokenizer.backend_tokenizer
+    for index, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            continue
+        pieces = backend.pre_tokenizer.pre_tokenize_str(f" {token.content}")
+        words = [word.id for text, _ in pieces for word in backend.model.tokenize(text)]
+        embeddings.weight[index] = embeddings.weight[words].sum(0) / len(words) ** 0.5
 
 
 def _special_ids(tokenizer: Any) -> dict[str, int]:
@@ -88,9 +115,14 @@ def _special_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def video_llava(
-    llm: nn.Module, image_encoder: Encoder | None = None, video_encoder: Encoder | None = None
+    llm: nn.Module,
+    image_encoder: Encoder | None = None,
+    video_encoder: Encoder | None = None,
+    lora: Lora | None = None,
 ) -> VideoLlava:
-    """Video-LLaVA from its parts, with a fresh projector."""
+    """Video-LLaVA from its parts, with a fresh projector; `lora` puts adapters on the LLM."""
+    if lora is not None:
+        llm = add_lora(llm, lora if isinstance(lora, Lora) else Lora(**lora))
     return VideoLlava(llm, image_encoder, video_encoder)
 
 

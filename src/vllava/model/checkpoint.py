@@ -1,23 +1,25 @@
 """Trained models on disk: the trained weights, and references, with hashes, to what was not trained.
 
 A checkpoint folder holds `vllava.json` (what the model is made of), `projector.safetensors`, and `llm/` if the
-LLM was trained. Frozen encoders, and an LLM that was not trained, stay where they are.
+LLM was trained. Frozen encoders, and an LLM that was not trained, stay where they are; only a checkpoint imported
+from another format holds its encoders too.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from torch import Tensor
 
 from vllava.errors import UserError
 from vllava.model.build import load_llm, load_tokenizer, video_llava
 from vllava.model.encoders import Encoder
-from vllava.model.files import Checkpoint, read_tensors, replacing, save_half
+from vllava.model.files import Checkpoint, read_tensors, replacing, save_half, write_tensors
 from vllava.model.video_llava import VideoLlava
 
 DESCRIPTION = "vllava.json"
@@ -29,28 +31,33 @@ LLM = "llm"
 class Description:
     """What a checkpoint's model is made of, and how its data was prepared."""
 
-    encoders: dict[str, dict]  # medium -> {"_target_": class in vllava, its settings}
+    encoders: dict[str, dict]  # medium -> {"_target_": class in vllava, its settings}; a path may be inside the folder
     llm: str  # folder or hub id; "llm" means the folder inside the checkpoint
     template: str
     image_fit: str
     trained: list[str]
     sha256: dict[str, str] = field(default_factory=dict)  # of the parts referred to: "image", "video", "llm"
+    origin: dict[str, Any] = field(default_factory=dict)  # what the config.json of an imported checkpoint said
 
 
 def save_trained(model: VideoLlava, tokenizer: Any, description: Description, folder: Path) -> None:
     """Write a checkpoint folder; it appears whole or not at all."""
     description.sha256 = {kind: model.encoder(kind).sha256 for kind in model.encoders}
     with replacing(folder) as unfinished:
-        if "llm" in description.trained:
+        if any(name.split(".")[0] == "llm" for name in description.trained):
             save_half(model.llm, unfinished / LLM)
             tokenizer.save_pretrained(unfinished / LLM)
             description.llm = LLM
         elif Path(description.llm).is_dir():
             description.sha256["llm"] = Checkpoint(description.llm).sha256
         if model.encoders:
-            tensors = {name: value.detach().cpu().contiguous() for name, value in model.projector.state_dict().items()}
-            save_file(tensors, unfinished / PROJECTOR)
-        (unfinished / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n")
+            write_tensors(model.projector.state_dict(), unfinished, PROJECTOR)
+        write_description(description, unfinished)
+
+
+def write_description(description: Description, folder: Path) -> None:
+    """Write a checkpoint folder's description."""
+    (folder / DESCRIPTION).write_text(json.dumps(asdict(description), indent=1) + "\n")
 
 
 def read_description(folder: Path) -> Description:
@@ -62,15 +69,24 @@ def read_description(folder: Path) -> Description:
             "under checkpoint/, for example outputs/runs/stage2-united-s1/checkpoint."
         )
     try:
-        return Description(**json.loads(path.read_text()))
+        description = Description(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be understood ({error}).") from error
+    for settings in description.encoders.values():
+        if "path" in settings and (folder / settings["path"]).is_dir():
+            settings["path"] = str(folder / settings["path"])
+    return description
 
 
-def load(folder: str | Path) -> tuple[VideoLlava, Any, Description]:
-    """A trained model, its tokenizer and its description; raises UserError where a part is missing or another one."""
+def load(folder: str | Path, num_frames: int | None = None) -> tuple[VideoLlava, Any, Description]:
+    """A trained model, its tokenizer and its description; `num_frames` of a video, if not as in training.
+
+    Raises UserError where a part is missing or is another one than in training.
+    """
     folder = Path(folder)
     description = read_description(folder)
+    if num_frames and "video" in description.encoders:
+        description.encoders["video"]["frames"] = num_frames
     llm_path = str(folder / LLM) if description.llm == LLM else description.llm
     if "llm" in description.sha256 and Checkpoint(llm_path).sha256 != description.sha256["llm"]:
         raise UserError(
@@ -99,6 +115,12 @@ def _encoder(settings: dict) -> Encoder:
         raise UserError(f"The checkpoint's settings do not fit {target}: {error}.") from error
 
 
+def read_projector(path: Path) -> dict[str, Tensor]:
+    """The tensors of a projector: one of ours, or an original `mm_projector.bin`, whose names are longer."""
+    tensors = read_tensors(path)
+    return {re.sub(r"^(model\.)?mm_projector\.", "", name): value for name, value in tensors.items()}
+
+
 def load_projector(model: VideoLlava, path: Path) -> None:
     """Load a trained projector.
 
@@ -119,7 +141,7 @@ def load_projector(model: VideoLlava, path: Path) -> None:
                     f"{path} was trained with another {kind} encoder than {encoder.folder} (their hashes differ). "
                     "Use the encoder it was trained with, or train a projector for this one."
                 )
-    tensors = read_tensors(path)
+    tensors = read_projector(path)
     shapes = {name: tuple(value.shape) for name, value in model.projector.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if found != shapes:

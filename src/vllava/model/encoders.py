@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from transformers import CLIPVisionConfig, ViTMAEModel
 from transformers.utils import logging as transformers_logging
 
@@ -42,39 +43,88 @@ class ClipEncoder(Encoder):
 
     An image gives its patch tokens without CLS (256 at 224 pixels and patch 14), a video the tokens of all its
     frames with CLS (8 x 257), as in the original code. `feature_layer` -2: paper, Table 7.
+
+    `frames` of a video default to the checkpoint's own number; for another one its temporal embeddings are
+    interpolated. `temporal: false` lets a tower without temporal attention look at each frame of a video alone.
+    That is not the paper's model but the port in `transformers`; without saying so, such a tower is refused.
     """
 
-    def __init__(self, path: str, medium: str, feature_layer: int = -2) -> None:
+    def __init__(
+        self, path: str, medium: str, feature_layer: int = -2, frames: int | None = None, temporal: bool = True
+    ) -> None:
         checkpoint = Checkpoint(path)
         super().__init__(checkpoint)
-        config = CLIPVisionConfig(**checkpoint.config.get("vision_config", checkpoint.config))
-        config._attn_implementation = PACKED
         self.video = medium == "video"
-        temporal = getattr(config, "add_time_attn", False)
-        checkpoint.require(temporal or not self.video, "has no temporal attention: it is not an encoder for videos")
+        config = vision_config(checkpoint)
+        checkpoint.require(
+            self.video or not config.add_time_attn, "has temporal attention: it is not an encoder for images"
+        )
+        checkpoint.require(
+            config.add_time_attn or not self.video or not temporal,
+            "has no temporal attention: it is not an encoder for videos",
+        )
+        checkpoint.require(temporal or not config.add_time_attn, "has temporal attention: it is not for temporal=false")
         require_hidden_state(checkpoint, feature_layer, config.num_hidden_layers)
-        checkpoint.require(self.video or not temporal, "has temporal attention: it is not an encoder for images")
+        tensors = checkpoint.tensors()
+        if self.video and frames is not None and frames != config.num_frames:
+            config.num_frames = frames
+            tensors = {
+                name: interpolated(value, frames) if name.endswith("temporal_embedding") else value
+                for name, value in tensors.items()
+            }
         patches = (config.image_size // config.patch_size) ** 2
-        frames = config.num_frames if self.video else 1
-        self.spec = MediumSpec(config.image_size, frames * (1 + patches) if self.video else patches, frames)
+        count = config.num_frames if self.video else 1
+        self.spec = MediumSpec(config.image_size, count * (1 + patches) if self.video else patches, count)
         self.hidden_size = config.hidden_size
         self.tower = VisionTower(config, feature_layer)
-        depth = self.tower.depth
-        later = [f"vision_model.encoder.layers.{i}." for i in range(depth, config.num_hidden_layers)]
-        towers = (
-            "text_model.",
-            "text_projection.",
-            "visual_projection.",
-            "logit_scale",
-            "vision_model.post_layernorm.",
+        later = range(self.tower.depth, config.num_hidden_layers)
+        load_strictly(
+            self.tower,
+            checkpoint,
+            tensors,
+            prefix="vision_model.",
+            ignored=(*_NOT_THE_TOWER, *(f"vision_model.encoder.layers.{i}." for i in later)),
         )
-        load_strictly(self.tower, checkpoint, prefix="vision_model.", ignored=(*towers, *later))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Images [N, 3, H, W] or videos [N, F, 3, H, W] to [N, P, E]."""
         if self.video:
             return self.tower(pixels.flatten(0, 1)).unflatten(0, (-1, self.spec.frames)).flatten(1, 2)
         return self.tower(pixels)[:, 1:]
+
+
+# What a checkpoint of CLIP or LanguageBind holds beside the layers of its vision tower.
+_NOT_THE_TOWER = (
+    "text_model.",
+    "text_projection.",
+    "visual_projection.",
+    "logit_scale",
+    "vision_model.post_layernorm.",
+)
+
+
+CLIP_SETTINGS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps"),
+    *("num_channels", "image_size", "patch_size"),
+)
+
+
+def vision_config(checkpoint: Checkpoint) -> CLIPVisionConfig:
+    """The settings of a vision tower, with `add_time_attn` and `num_frames` also where the checkpoint has neither.
+
+    Published files list many more keys, which say nothing about the tower.
+    """
+    given = checkpoint.config.get("vision_config", checkpoint.config)
+    config = CLIPVisionConfig(**{name: given[name] for name in CLIP_SETTINGS if name in given})
+    config.add_time_attn = given.get("add_time_attn", False)
+    config.num_frames = given.get("num_frames", 1)
+    config._attn_implementation = PACKED
+    return config
+
+
+def interpolated(embedding: Tensor, frames: int) -> Tensor:
+    """Temporal embeddings [1, F, E] for another number of frames; the first and the last stay what they are."""
+    return interpolate(embedding.float().transpose(1, 2), frames, mode="linear", align_corners=True).transpose(1, 2)
 
 
 class MaeEncoder(Encoder):
@@ -88,7 +138,7 @@ class MaeEncoder(Encoder):
         checkpoint.tensors()  # a damaged file is reported in our words
         transformers_logging.set_verbosity_error()  # we judge the loading report ourselves
         self.vit, report = ViTMAEModel.from_pretrained(
-            path,
+            checkpoint.folder,
             mask_ratio=0.0,
             num_hidden_layers=depth,
             dtype=torch.float32,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vllava.batch import Batch, MediumSpec
 from vllava.model.checkpoint import Description, save_trained
+from vllava.model.lora import merged
 from vllava.model.video_llava import VideoLlava
 from vllava.training.task import Task
 
@@ -28,7 +29,11 @@ class Stage(Task):
     def specs(self) -> dict[str, MediumSpec]:
         return self.model.specs
 
+    def check(self, settings: dict) -> None:
+        self.model.require_context(settings["data"]["max_length"])
+
     def export(self, folder: Path, tokenizer: Any, settings: dict) -> None:
+        self.model.llm = merged(self.model.llm)
         description = Description(
             encoders={kind: settings["encoder"][kind] for kind in self.model.encoders},
             llm=settings["tokenizer"],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ log = logging.getLogger(__name__)
 def freeze_all_but(model: nn.Module, trained: list[str]) -> dict[str, int]:
     """Freeze every parameter except those of the named submodules (or parameters); returns the count of each.
 
-    This is the only place that decides what a stage trains. Raises UserError for a name the model lacks.
+    A name may be a pattern: `llm.*.lora_*` are the LLM's adapters. This is the only place that decides what a stage
+    trains. Raises UserError for a name the model lacks.
     """
     model.requires_grad_(False)
     counts = {}
     for name in trained:
-        chosen = [p for full, p in model.named_parameters() if f"{full}.".startswith(f"{name}.")]
+        chosen = [parameter for full, parameter in model.named_parameters() if _is_of(full, name)]
         if not chosen:
             names = ", ".join(dict.fromkeys(full.split(".")[0] for full, _ in model.named_parameters()))
             raise UserError(f"task.trained names {name!r}, which the model does not have; it has: {names}.")
@@ -37,11 +39,17 @@ def freeze_all_but(model: nn.Module, trained: list[str]) -> dict[str, int]:
     return counts
 
 
+def _is_of(parameter: str, name: str) -> bool:
+    """Whether a parameter is, or belongs to, what a name or pattern says."""
+    return fnmatchcase(parameter, name) or fnmatchcase(parameter, f"{name}.*")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a task optimises: AdamW with cosine decay (paper, Table 7 and section 4.1.3)."""
 
     lr: float
+    lr_of: dict[str, float] = field(default_factory=dict)  # of what `trained` names, where it is another
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -79,6 +87,9 @@ class Task(L.LightningModule):
     def specs(self) -> dict[str, MediumSpec]:
         """What the data must deliver for each medium."""
         raise NotImplementedError
+
+    def check(self, settings: dict) -> None:
+        """Raises UserError for what `settings`, the run's resolved configuration, asks and this model cannot do."""
 
     def export(self, folder: Path, tokenizer: Any, settings: dict) -> None:
         """Write what was trained; `settings` is the run's resolved configuration."""
@@ -128,11 +139,24 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+        optimizer = torch.optim.AdamW(
+            self._parameter_groups(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+        )
         steps = self._planned_steps()
         schedule = get_cosine_schedule_with_warmup(optimizer, int(steps * recipe.warmup_ratio), steps)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """The trained parameters by learning rate."""
+        rates = self.recipe.lr_of
+        if unknown := sorted(set(rates) - set(self.trained)):
+            raise UserError(f"task.recipe.lr_of names {unknown}; task.trained names {sorted(self.trained)}.")
+        groups: dict[float, list] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                rate = next((lr for part, lr in rates.items() if _is_of(name, part)), self.recipe.lr)
+                groups.setdefault(rate, []).append(parameter)
+        return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
     def _planned_steps(self) -> int:
         """Optimiser steps of the whole run, epochs and `max_steps` considered."""
