@@ -22,6 +22,7 @@ from data_prep.toy_language import (
     TEMPORAL_TYPES,
     Question,
     caption_conversation,
+    cells_in_words,
     existence,
     in_words,
     question_conversation,
@@ -45,6 +46,8 @@ class Source:
     samples: int
     most: int = MAX_THINGS  # things in a picture
     rounds: int = 6  # questions asked about a scene, at most
+    time_first: bool = False  # whether all questions that need time come before the others
+    clips: float = 0.6  # the share of texts that are about clips
     novel: bool = False  # contains colour-shape pairs that no training source contains
 
 
@@ -54,9 +57,9 @@ SPLITS: dict[str, tuple[Source, ...]] = {
         Source("stage1/videos", "video", "caption", 3000),
     ),
     "stage2": (
-        Source("stage2/images", "image", "questions", 8000),
-        Source("stage2/videos", "video", "questions", 9000),
-        Source("stage2/text", "text", "questions", 1000),
+        Source("stage2/images", "image", "questions", 6_000),
+        Source("stage2/videos", "video", "questions", 15_000, time_first=True),
+        Source("stage2/text", "text", "questions", 1_000),
     ),
     "eval": (
         Source("eval/images", "image", "test", 560),
@@ -70,12 +73,14 @@ SPLITS: dict[str, tuple[Source, ...]] = {
         Source("foundations/single-images", "image", "caption", 20_000, most=1),
         Source("foundations/images", "image", "caption", 20_000),
         Source("foundations/videos", "video", "caption", 16_000),
-        Source("foundations/text", "text", "questions", 48_000, rounds=16),
+        Source("foundations/text", "text", "questions", 56_000, rounds=16),
+        Source("foundations/text-time", "text", "questions", 40_000, clips=0.85, time_first=True),
     ),
     "foundations-test": (
         Source("foundations/held-out-images", "image", "caption", 512),
         Source("foundations/held-out-videos", "video", "caption", 512),
         Source("foundations/held-out-text", "text", "questions", 512),
+        Source("foundations/reading", "text", "test", 720),
     ),
 }
 
@@ -121,13 +126,13 @@ def _samples(source: Source, seed: int, shard: int, count: int) -> Iterator[tupl
     for index in range(count):
         number = shard * SHARD_SAMPLES + index
         key = f"{slug}-{number:06d}"
-        clip = source.medium == "video" or (source.medium == "text" and rng.choice((False, True)))
+        clip = source.medium == "video" or (source.medium == "text" and rng.random() < source.clips)
         draw = draw_clip if clip else partial(draw_picture, most=source.most)
         record: dict = {"id": key, "source": f"toy-{slug}"}
         if source.talk == "test":
-            types = STILL_TYPES if source.medium == "image" else (*TEMPORAL_TYPES, *STILL_TYPES)
+            types = (*TEMPORAL_TYPES, *STILL_TYPES) if clip else STILL_TYPES
             scene, question = _test_question(draw, source.novel, rng, types, number)
-            asked = f"{PLACEHOLDERS[source.medium]}\n{question.text}"
+            asked = f"{PLACEHOLDERS.get(source.medium) or cells_in_words(scene)}\n{question.text}"
             record["conversations"] = [{"from": "human", "value": asked}, {"from": "gpt", "value": question.answer}]
             record["question"] = {"type": question.type, "options": question.options}
         else:
@@ -136,7 +141,7 @@ def _samples(source: Source, seed: int, shard: int, count: int) -> Iterator[tupl
             if source.talk == "caption":
                 record["conversations"] = caption_conversation(scene, rng, seen)
             else:
-                record["conversations"] = question_conversation(scene, rng, seen, source.rounds)
+                record["conversations"] = question_conversation(scene, rng, seen, source.rounds, source.time_first)
         yield key, record, _media(source.medium, scene)
 
 

@@ -108,21 +108,40 @@ def _order(scene: Scene, kind: str) -> list[int]:
 
 
 def in_words(scene: Scene, rng: random.Random) -> str:
-    """The scene as text: its caption, or for pictures a list of places and for clips what each of 8 frames shows."""
-    if rng.random() < 0.3:
-        return caption(scene, rng)
-    order = rng.sample(range(len(scene.things)), len(scene.things))
-    frames = [int(i * (scene.frames - 1) / 7) for i in range(8)] if scene.is_clip else [0]
-    return "; ".join(_frame_in_words(scene, frame, order) for frame in frames) + "."
+    """The scene as text: its caption, or its cells."""
+    return caption(scene, rng) if rng.random() < 0.2 else cells_in_words(scene)
 
 
-def _frame_in_words(scene: Scene, frame: int, order: list[int]) -> str:
-    parts = []
-    for index in order:
-        state, item = scene.state(index, frame), scene.things[index]
+def cells_in_words(scene: Scene) -> str:
+    """What each of the nine cells shows, row by row; of a clip eight frames, each with its number.
+
+    A thing is a phrase such as `top left small red circle`, and `phrases` makes every such phrase one token. So a
+    language model that has learned to read these texts reads several properties out of one vector, in the order
+    in which an encoder gives its patches.
+    """
+    if not scene.is_clip:
+        return _cells_of_frame(scene, 0)
+    frames = (int(i * (scene.frames - 1) / 7) for i in range(8))
+    return " ".join(f"{name} {_cells_of_frame(scene, frame)}" for name, frame in zip(_FRAMES, frames, strict=True))
+
+
+def _cells_of_frame(scene: Scene, frame: int) -> str:
+    cells = dict.fromkeys(PLACES, "nothing")
+    for index, item in enumerate(scene.things):
+        state = scene.state(index, frame)
         if state.visible:
-            parts.append(f"{_place_of(state.x, state.y)} {item.size} {state.colour} {item.shape}")
-    return ", ".join(parts) or "nothing"
+            place = _place_of(state.x, state.y)
+            cells[place] = f"{place} {item.size} {state.colour} {item.shape}"
+    return " ".join(cells.values())
+
+
+_FRAMES = tuple(f"frame {number}" for number in ("one", "two", "three", "four", "five", "six", "seven", "eight"))
+
+
+def phrases() -> list[str]:
+    """The phrases of `cells_in_words` that are one token each."""
+    things = (f"{p} {size} {colour} {shape}" for p in PLACES for size in SIZES for colour, shape in KNOWN_PAIRS)
+    return [*_FRAMES, *things]
 
 
 # --- questions ------------------------------------------------------------------------------------------------------
@@ -278,19 +297,25 @@ def caption_conversation(scene: Scene, rng: random.Random, seen: str) -> list[di
     return _conversation(seen, [(instruction, caption(scene, rng))], rng)
 
 
-def question_conversation(scene: Scene, rng: random.Random, seen: str, rounds: int) -> list[dict]:
-    """Up to `rounds` question rounds about one scene, sometimes with a description among them."""
-    turns = [(q.text, q.answer) for q in _varied(questions(scene, rng), rounds)]
+def question_conversation(
+    scene: Scene, rng: random.Random, seen: str, rounds: int, time_first: bool = False
+) -> list[dict]:
+    """Up to `rounds` question rounds about one scene, sometimes with a description among them.
+
+    Each type is asked once before a second question of a type; with `time_first`, all questions that need time come
+    before the others.
+    """
+    turns = [(q.text, q.answer) for q in _varied(questions(scene, rng), rounds, time_first)]
     if rng.random() < 0.2:
         instruction = rng.choice(_DESCRIBE["video" if scene.is_clip else "image"])
         turns.insert(rng.randint(0, len(turns)), (instruction, caption(scene, rng)))
     return _conversation(seen, turns, rng)
 
 
-def _varied(found: list[Question], rounds: int) -> list[Question]:
-    """`rounds` questions, temporal ones and rare types before the second question of a type."""
-    chosen: list[Question] = []
+def _varied(found: list[Question], rounds: int, time_first: bool) -> list[Question]:
     pool = sorted(found, key=lambda q: q.type not in TEMPORAL_TYPES)
+    chosen = [question for question in pool if question.type in TEMPORAL_TYPES][:rounds] if time_first else []
+    pool = [question for question in pool if question not in chosen]
     while pool and len(chosen) < rounds:
         seen = [q.type for q in chosen]
         pick = min(pool, key=lambda q: seen.count(q.type))

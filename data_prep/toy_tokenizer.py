@@ -1,6 +1,7 @@
 """Train the toy world's tokenizer on its text: `python -m data_prep.toy_tokenizer`.
 
-A byte-level BPE: the toy world's words become one token each, any other text still has tokens.
+A byte-level BPE: the toy world's words become one token each, any other text still has tokens. The phrases in which a
+scene is written out (`toy_language.phrases`) are one token each as well.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from data_prep.toy_language import phrases
 from vllava.conversation import VICUNA_SYSTEM
 
 VOCABULARY = 1024  # at most; the toy world's words need fewer
@@ -54,6 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(options.world), trainer)
+    # lstrip: the token takes the space before it, as the tokens of words do.
+    tokenizer.add_tokens([AddedToken(phrase, lstrip=True, normalized=False) for phrase in phrases()])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=4096
     )

@@ -171,7 +171,7 @@ def mixed_samples(make_sample):
     """Every combination a batch may hold: one image, one video, several media, several rounds, none."""
     return [
         make_sample("<image>\nWhat colour is it?", "It is red.", key="image", seed=1),
-        make_sample("How many legs has a spider?", "Eight", key="text", seed=2),
+        make_sample("How many legs has a large black spider?", "Eight", key="text", seed=2),
         make_sample("<video>\nWhat moves?", "A blue ball", "Where to?", "To the left.", key="video", seed=3),
         make_sample("<image> before <video> and <image> after: what changed?", "Nothing", key="several", seed=4),
         make_sample("Look: <video>", "A cube falls.", "And here: <image>?", "It lies.", key="rounds", seed=5),

@@ -99,10 +99,11 @@ def test_packed_loss_is_the_sum_over_samples_run_alone(model, prepared):
 
 
 def test_packing_is_as_exact_for_a_model_with_absolute_positions(
-    image_folder, video_folder, make_packer, mixed_samples, tmp_path
+    image_folder, video_folder, make_packer, mixed_samples, tokenizer, tmp_path
 ):
     """A Llama sees only distances, so it would not mind if positions ran on from sample to sample; GPT-2 does."""
-    config = GPT2Config(vocab_size=639, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=2, eos_token_id=1)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    config = GPT2Config(vocab_size=len(tokenizer), **sizes, bos_token_id=2, eos_token_id=1)
     llm = GPT2LMHeadModel._from_config(config, attn_implementation="eager").eval()
     llm.save_pretrained(tmp_path)
     encoders = ClipEncoder(str(image_folder), "image"), ClipEncoder(str(video_folder), "video")

@@ -8,21 +8,25 @@ import re
 import tarfile
 from collections import Counter, defaultdict
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_prep import toy
-from data_prep.toy_language import caption, existence, in_words, question_conversation
+from data_prep.toy_language import caption, cells_in_words, existence, in_words, question_conversation
 from data_prep.toy_render import RGB, encode_jpeg, encode_mp4, render
 from data_prep.toy_scene import CELL, IMAGE_SIZE, NOVEL_PAIRS, RADIUS, Scene, Thing, draw_clip, draw_picture
 from vllava.data.media import decode_image
 from vllava.data.video import video_decoder
+from vllava.model.build import load_tokenizer
 
+ROOT = Path(__file__).parents[1]
 COLOURS = "red|green|blue|yellow|purple|orange|white|black"
 SHAPES = "circle|square|triangle|cross|ring"
 THING = f"({COLOURS}) ({SHAPES})"
 PLACES = "top left|top right|bottom left|bottom right|top|left|centre|right|bottom"
+SHOWN = rf"<|frame one |nothing |({PLACES}) (small|large) |.*[a-z]\.$"  # a placeholder, cells in words or a caption
 SOURCES = {source.name: source for sources in toy.SPLITS.values() for source in sources}
 TRAINING = [name for name, source in SOURCES.items() if not name.startswith("eval/")]
 TESTS = [name for name, source in SOURCES.items() if source.talk == "test"]
@@ -46,7 +50,7 @@ def rounds(record):
         lines = asked.split("\n")
         if number == 0:
             assert len(lines) == 2
-            asked = next(line for line in lines if not re.match(r"<|.*[a-z]\.$", line) or is_instruction(line))
+            asked = next(line for line in lines if not re.match(SHOWN, line) or is_instruction(line))
         yield asked, answer
 
 
@@ -252,7 +256,7 @@ def test_test_answers_are_true_of_their_scenes(name, monkeypatch):
         assert answer_to(scene, question.rstrip("?.")) == answer, (question, scene)
         assert answer in record["question"]["options"]
         found[record["question"]["type"]] += 1
-    assert len(found) == (14 if "video" in name else 9)  # every type was there to be checked
+    assert len(found) == (9 if "images" in name else 14)  # every type was there to be checked
     assert min(found.values()) >= 8
 
 
@@ -318,23 +322,46 @@ def rank(scene, index, verb):
     return "" if len(times) == 1 else " last" if place == len(times) - 1 else (" first", " second")[place]
 
 
+FRAME_NAMES = [f"frame {number}" for number in ("one", "two", "three", "four", "five", "six", "seven", "eight")]
+
+
 @pytest.mark.parametrize("draw", [draw_picture, draw_clip])
-def test_scenes_in_words_list_what_each_frame_shows(draw):
-    rng = random.Random(2)
-    lists = 0
+def test_cells_in_words_list_what_each_cell_of_each_frame_shows(draw):
+    names = [f"{row} {column}".strip() for row in ("top", "", "bottom") for column in ("left", "", "right")]
+    names[4] = "centre"
     for scene in scenes(draw, 200):
-        text = in_words(scene, rng)
-        if " a " in text or text.startswith(("A ", "There", "We")):
-            continue  # a caption
-        lists += 1
+        text = cells_in_words(scene)
+        parts = re.split(" ?frame [a-z]+ ", text)[1:] if scene.frames > 1 else [text]
+        assert re.findall("frame [a-z]+", text) == (FRAME_NAMES if scene.frames > 1 else [])
         frames = np.linspace(0, scene.frames - 1, 8).astype(int) if scene.frames > 1 else [0]
-        parts = text.rstrip(".").split("; ")
         for frame, part in zip(frames, parts, strict=True):
-            listed = Counter(re.findall(f"({PLACES}) (?:small |large )?{THING}", part))
-            shown = Counter((place_at(state), state.colour, thing.shape) for thing, state in visible(scene, int(frame)))
-            assert listed == shown
-            assert shown or part == "nothing"
-    assert lists > 100
+            cells = {place_at(state): (thing, state) for thing, state in visible(scene, int(frame))}
+            expected = [
+                f"{name} {cells[name][0].size} {cells[name][1].colour} {cells[name][0].shape}"
+                if name in cells
+                else "nothing"
+                for name in names
+            ]
+            assert part == " ".join(expected)
+
+
+def test_every_cell_is_one_token():
+    tokenizer = load_tokenizer(str(ROOT / "assets" / "tokenizer"))
+    for draw, tokens in ((draw_picture, 9), (draw_clip, 8 * 10)):
+        for scene in scenes(draw, 100):
+            ids = tokenizer(f" {cells_in_words(scene)}", add_special_tokens=False)["input_ids"]
+            assert len(ids) == tokens
+            assert " ".join(t.lstrip("Ġ") for t in tokenizer.convert_ids_to_tokens(ids)) == cells_in_words(scene)
+
+
+def test_scenes_in_words_are_captions_or_cells():
+    rng = random.Random(2)
+    kinds = Counter(
+        "caption" if said_in(text) else "cells"
+        for scene in scenes(draw_picture, 400)
+        if (text := in_words(scene, rng)) == cells_in_words(scene) or said_in(text)
+    )
+    assert kinds.total() == 400 and 50 < kinds["caption"] < 120
 
 
 # --- pixels agree with the scene --------------------------------------------------------------------------------------

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 
 from vllava.batch import MediumSpec
-from vllava.data.build import caption_data, conversation_data
+from vllava.data.build import caption_data, conversation_data, conversation_packer, sample_decoder
 from vllava.errors import UserError
+from vllava.evaluation.answers import answer_all, read_samples
 from vllava.model.build import load_llm, load_tokenizer, video_llava
 from vllava.model.files import Checkpoint
 from vllava.model.languagebind import LanguageBind
 
 RECORD = "foundations.json"  # beside the assets: recipe, hash and figures of each
-RUNS = {  # asset -> the experiment that makes it
-    "languagebind-image": "align_image",
-    "languagebind-video": "align_video",
-    "clip": "clip",
-    "mae": "mae",
-    "llm": "llm",
+RUNS = {  # asset -> the experiments that make it, one after the other
+    "languagebind-image": ("align_image",),
+    "languagebind-video": ("align_video",),
+    "clip": ("clip",),
+    "mae": ("mae",),
+    "llm": ("llm", "llm_time"),
 }
 RECIPE_KEYS = ("model", "task", "data", "trainer", "seed")
 _FRAMES = 8
@@ -72,6 +73,18 @@ def perplexity(llm_path: Path, folder: Path) -> float:
     return round(math.exp(total / sum(batch.num_supervised for batch in batches)), 4)
 
 
+def reading(llm_path: Path, folder: Path) -> dict[str, float]:
+    """How often the language model answers rightly about scenes in words: over all questions, and for each type."""
+    tokenizer = load_tokenizer(str(llm_path))
+    model = video_llava(load_llm(str(llm_path))).eval()
+    samples = list(read_samples(folder, sample_decoder({}), _REMEDY))
+    answers = answer_all(model, conversation_packer({}, tokenizer), samples, batch_size=64, max_new_tokens=16)
+    groups = {"reading": answers}
+    for answer in answers:
+        groups.setdefault(f"reading_{answer.type}", []).append(answer)
+    return {name: round(sum(a.correct for a in group) / len(group), 4) for name, group in groups.items()}
+
+
 def measure(assets: Path, world: Path) -> dict[str, dict[str, float]]:
     """The figures of every foundation that has any, on the held-out sources: retrieval among all of a source."""
     held_out = world / "foundations"
@@ -93,48 +106,53 @@ def measure(assets: Path, world: Path) -> dict[str, dict[str, float]]:
         "text_to_video": retrieval(text, media),
         "image_to_video": retrieval(middle, media),  # never trained: both are aligned with text alone
     }
-    figures["llm"] = {"perplexity": perplexity(assets / "llm", held_out / "held-out-text")}
+    figures["llm"] = {
+        "perplexity": perplexity(assets / "llm", held_out / "held-out-text"),
+        **reading(assets / "llm", held_out / "reading"),
+    }
     return figures
 
 
 def recipe(config: dict) -> dict:
     """The part of a run's configuration that decides what it trains, without the paths of the run itself."""
-    chosen = {key: config[key] for key in RECIPE_KEYS}
-    chosen["model"] = {key: value for key, value in chosen["model"].items() if key != "start_from"}
-    return chosen
 
+    def without_paths(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        return {key: without_paths(value) for key, value in node.items() if key != "start_from"}
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return {key: without_paths(config[key]) for key in RECIPE_KEYS}
 
 
 def gather(runs: Path, assets: Path, world: Path) -> dict:
-    """Copy each run's checkpoint to the assets, measure them, and write the record."""
+    """Copy each asset's checkpoint from its last run, measure it, and write the record."""
     record: dict = {}
-    for name, experiment in RUNS.items():
-        folders = sorted(runs.glob(f"{experiment}-*"))
-        if len(folders) != 1:
-            raise UserError(
-                f"Expected one run of {experiment} in {runs}, found {len(folders)}. Run `make foundations`."
-            )
-        source = folders[0] / "checkpoint"
+    for name, experiments in RUNS.items():
+        folders = [_run_of(experiment, runs) for experiment in experiments]
+        source = folders[-1] / "checkpoint"
         source = source / "llm" if name == "llm" else source
         shutil.rmtree(assets / name, ignore_errors=True)
         shutil.copytree(source, assets / name)
-        config = yaml.safe_load((folders[0] / "config.yaml").read_text())
-        metrics = json.loads((folders[0] / "metrics.json").read_text())
+        metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+        configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders]
         record[name] = {
-            "experiment": experiment,
             "sha256": Checkpoint(assets / name).sha256,
-            "seconds": metrics["seconds"],
-            "final_loss": round(metrics["final_tenth"]["loss"], 4),
-            "recipe": recipe(config),
+            "seconds": round(sum(m["seconds"] for m in metrics), 1),
+            "final_loss": round(metrics[-1]["final_tenth"]["loss"], 4),
+            "recipes": {name: recipe(config) for name, config in zip(experiments, configs, strict=True)},
         }
     for name, figures in measure(assets, world).items():
         record[name]["figures"] = figures
     (assets / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return record
+
+
+def _run_of(experiment: str, runs: Path) -> Path:
+    """The folder of an experiment's run."""
+    folders = sorted(runs.glob(f"{experiment}-*"))
+    if len(folders) != 1:
+        raise UserError(f"Expected one run of {experiment} in {runs}, found {len(folders)}. Run `make foundations`.")
+    return folders[0]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,7 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.runs:
             gather(options.runs, options.assets, options.world)
         for name, figures in measure(options.assets, options.world).items():
-            print(f"{name:20}" + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+            print(name, *(f"  {key:24}{value:.3f}" for key, value in figures.items()), sep="\n")
     except UserError as error:
         sys.exit(f"error: {error.paragraph}")
     return 0
