@@ -70,10 +70,15 @@ def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> float:
     ours = ("+experiment=", "experiment=", "run_dir=")
     given = [override for override in HydraConfig.get().overrides.task if not override.startswith(ours)]
     started = time.time()
-    command = [sys.executable, sys.argv[0], f"+experiment={experiment}", *given, *changes, f"run_dir={run_dir}"]
+    command = [sys.executable, sys.argv[0], f"+experiment={experiment}", *given, *changes, quoted("run_dir", run_dir)]
     if subprocess.run(command).returncode != 0:
         raise UserError(f"{experiment} failed (see above). Its folder: {run_dir}.")
     return round(time.time() - started, 1)
+
+
+def quoted(key: str, path: str | Path) -> str:
+    """An override whose value may hold characters that mean something to Hydra: a run's name has `=` and `,`."""
+    return f"{key}='{path}'"
 
 
 def run_chain(cfg: DictConfig) -> None:
@@ -82,7 +87,7 @@ def run_chain(cfg: DictConfig) -> None:
     seconds = {}
     for experiment in cfg.chain:
         part = folder / run_name(experiment, cfg.ablation, cfg.seed)
-        seconds[experiment] = run_apart(experiment, part, f"runs={folder}")
+        seconds[experiment] = run_apart(experiment, part, quoted("runs", folder))
     last = json.loads((part / "metrics.json").read_text())
     seconds["total"] = round(sum(seconds.values()), 1)
     (folder / "metrics.json").write_text(json.dumps({**last, "seconds": seconds}, indent=1) + "\n")
