@@ -57,13 +57,13 @@ SPLITS: dict[str, tuple[Source, ...]] = {
         Source("stage1/videos", "video", "caption", 3000),
     ),
     "stage2": (
-        Source("stage2/images", "image", "questions", 6_000),
-        Source("stage2/videos", "video", "questions", 15_000, time_first=True),
+        Source("stage2/images", "image", "questions", 4_500),
+        Source("stage2/videos", "video", "questions", 16_000, time_first=True),
         Source("stage2/text", "text", "questions", 1_000),
     ),
     "eval": (
         Source("eval/images", "image", "test", 560),
-        Source("eval/videos", "video", "test", 560),
+        Source("eval/videos", "video", "test", 1_120),
         Source("eval/novel-images", "image", "test", 140, novel=True),
         Source("eval/novel-videos", "video", "test", 140, novel=True),
     ),
