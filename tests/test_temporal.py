@@ -6,10 +6,15 @@ position attends over the frames, with a layer norm and a residual of its own. H
 pre-layer-norm; a hidden state has no post-layer-norm.
 """
 
+import json
+import shutil
+
 import pytest
 import torch
+from conftest import FRAMES
 from safetensors.torch import load_file
 
+from vllava.errors import UserError
 from vllava.model.encoders import ClipEncoder
 
 HEADS, PATCH = 4, 16
@@ -138,3 +143,51 @@ def test_order_of_the_frames_matters(video_folder):
     with torch.no_grad():
         forward, backward = (encoder(v).unflatten(1, (4, 5)) for v in (video, video.flip(1)))
     assert (forward - backward.flip(1)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("frames", [1, 2, 8, 16])
+def test_temporal_embeddings_are_interpolated_for_another_number_of_frames(frames, video_folder):
+    known = ClipEncoder(str(video_folder), "video").tower.encoder.layers[1].temporal_embedding[0]
+    encoder = ClipEncoder(str(video_folder), "video", frames=frames)
+    found = encoder.tower.encoder.layers[1].temporal_embedding[0]
+    assert encoder.spec.frames == frames == len(found)
+    for index in range(frames):
+        place = index * (len(known) - 1) / max(frames - 1, 1)
+        below, above = known[int(place)], known[min(int(place) + 1, len(known) - 1)]
+        torch.testing.assert_close(found[index], below + (above - below) * (place - int(place)))
+    assert encoder(torch.randn(2, frames, 3, 32, 32)).shape == (2, encoder.spec.tokens, encoder.hidden_size)
+
+
+def test_the_checkpoints_own_number_of_frames_changes_nothing(video_folder):
+    pixels = torch.randn(1, FRAMES, 3, 32, 32)
+    one, other = (ClipEncoder(str(video_folder), "video", frames=frames) for frames in (None, FRAMES))
+    assert one(pixels).equal(other(pixels))
+
+
+def test_a_tower_without_temporal_attention_sees_each_frame_alone(image_folder):
+    encoder = ClipEncoder(str(image_folder), "video", frames=3, temporal=False)
+    image = ClipEncoder(str(image_folder), "image")
+    pixels = torch.randn(2, 3, 3, 32, 32)
+    found = encoder(pixels).unflatten(1, (3, -1))[:, :, 1:]  # without CLS, as an image's
+    for frame in range(3):
+        torch.testing.assert_close(found[:, frame], image(pixels[:, frame]))
+
+
+def test_a_tower_with_temporal_attention_is_not_used_without_it(video_folder):
+    with pytest.raises(UserError, match="it is not for temporal=false"):
+        ClipEncoder(str(video_folder), "video", temporal=False)
+
+
+def test_settings_that_a_published_file_lists_beside_the_towers_are_no_obstacle(video_folder, tmp_path):
+    shutil.copytree(video_folder, tmp_path / "published")
+    config = json.loads((video_folder / "config.json").read_text())
+    config["model_type"] = "LanguageBindVideo"
+    config["vision_config"] |= {
+        "bad_words_ids": None, "early_stopping": False, "force_patch_dropout": 0.5, "id2label": {"0": "LABEL_0"},
+        "lora_r": 16, "max_length": 20, "pruned_heads": {}, "torchscript": False, "torch_dtype": None,
+        "video_decode_backend": "decord",
+    }  # fmt: skip
+    (tmp_path / "published" / "config.json").write_text(json.dumps(config))
+    pixels = torch.randn(1, FRAMES, 3, 32, 32)
+    one, other = (ClipEncoder(str(folder), "video") for folder in (video_folder, tmp_path / "published"))
+    assert one(pixels).equal(other(pixels))

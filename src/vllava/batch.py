@@ -94,6 +94,20 @@ class Step(_Movable):
     broken: list[tuple[str, str]] = field(default_factory=list)  # (sample key, reason)
 
 
+def idle_batch() -> Batch:
+    """A row of two tokens, one of them supervised: something to compute where a rank has no sample."""
+    return Batch(
+        token_ids=torch.zeros(2, dtype=torch.int64),
+        labels=torch.tensor([IGNORE_INDEX, 0]),
+        position_ids=torch.arange(2),
+        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
+        images=empty_images(),
+        videos=empty_videos(),
+        image_slots=torch.empty(0, dtype=torch.int64),
+        video_slots=torch.empty(0, dtype=torch.int64),
+    )
+
+
 def empty_images() -> Tensor:
     return torch.empty(0, 3, 0, 0)
 

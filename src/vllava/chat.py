@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from transformers.utils import logging as transformers_logging
+
 from vllava.conversation import Message
 from vllava.data.build import conversation_packer, sample_decoder
 from vllava.data.samples import Medium, Sample, SampleDecoder
@@ -83,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--num-frames", type=int, help="of a video (default: as in training)")
     parser.set_defaults(media=[])
     options = parser.parse_args(arguments)
+    transformers_logging.disable_progress_bar()
     questions = options.question or typed()
     try:
         for answer in answers(

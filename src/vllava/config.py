@@ -20,8 +20,8 @@ CONF = Path(__file__).parents[2] / "conf"
 # fmt: off
 TOP_LEVEL = {
     "experiment", "ablation", "seed", "chain", "runs", "run_dir", "world", "log_level", "save_minutes",
-    "model", "foundations", "tokenizer", "encoder", "projector", "data", "task", "trainer", "logger",
-    "preview", "evaluation",
+    "model", "foundations", "recipes", "tokenizer", "template", "encoder", "projector", "data", "task", "trainer",
+    "logger", "preview", "evaluation",
 }
 # fmt: on
 _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}

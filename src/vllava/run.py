@@ -10,10 +10,12 @@ import sys
 import time
 import warnings
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -96,8 +98,18 @@ def run_chain(cfg: DictConfig) -> None:
     print(f"{cfg.experiment}: done in {seconds['total']:.0f} s; figures and report in {folder}")
 
 
+def require_cuda_for_deepspeed(cfg: DictConfig) -> None:
+    """Raises UserError where DeepSpeed is asked for and cannot run."""
+    asked = "DeepSpeed" in str(cfg.trainer.strategy)
+    if asked and not (torch.cuda.is_available() and find_spec("deepspeed")):
+        raise UserError(
+            "DeepSpeed runs on CUDA GPUs, with the package deepspeed installed: choose trainer=ddp or trainer=fsdp."
+        )
+
+
 def train(cfg: DictConfig) -> None:
     """One training run: build, fit, export to `checkpoint/`, write the figures."""
+    require_cuda_for_deepspeed(cfg)
     started = time.time()
     run_dir = Path(cfg.run_dir)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -116,6 +128,9 @@ def train(cfg: DictConfig) -> None:
     trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
     if not trainer.is_global_zero:
         return
+    if task.whole:
+        task.model = instantiate(cfg.model)
+        task.model.load_state_dict(task.whole)
     task.export(run_dir / "checkpoint", tokenizer, settings)
     (run_dir / RESUME).unlink(missing_ok=True)
     facts = {

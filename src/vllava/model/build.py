@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     CLIPConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -39,13 +41,32 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def load_llm(path: str) -> nn.Module:
-    """Any causal LM that `transformers` can load, in float32, with attention over packed rows."""
+def load_llm(path: str, gradient_checkpointing: bool = False, four_bit: bool = False) -> nn.Module:
+    """Any causal LM that `transformers` can load, in float32, with attention over packed rows.
+
+    `gradient_checkpointing` keeps only each layer's input for the backward pass; `four_bit` quantises the weights to
+    NF4 (QLoRA), which needs a GPU and bitsandbytes.
+    """
     _local_or_hub(path, "language model")
+    settings: dict[str, Any] = {"quantization_config": _nf4()} if four_bit else {}
     try:
-        return AutoModelForCausalLM.from_pretrained(path, attn_implementation=PACKED, dtype=torch.float32)
+        llm = AutoModelForCausalLM.from_pretrained(path, attn_implementation=PACKED, dtype=torch.float32, **settings)
     except (OSError, ValueError) as error:
         raise UserError(f"No language model at {path} ({str(error).splitlines()[0]}).") from error
+    if gradient_checkpointing:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
+    return llm
+
+
+def _nf4() -> BitsAndBytesConfig:
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.llm.four_bit=true needs a CUDA GPU and bitsandbytes (pip install bitsandbytes).")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 def _local_or_hub(path: str, what: str) -> None:

@@ -31,9 +31,14 @@ class Encoder(nn.Module):
         self.sha256 = checkpoint.sha256  # a trained model refers to its encoders by this
 
 
+def depth_of(feature_layer: int, layers: int) -> int:
+    """The number of layers below a hidden state, counted as `transformers` does: -1 is the last layer's output."""
+    return feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+
+
 def require_hidden_state(checkpoint: Checkpoint, feature_layer: int, layers: int) -> int:
-    """The number of layers below a hidden state, counted as `transformers` does; raises UserError if it has none."""
-    depth = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
+    """The number of layers below a hidden state; raises UserError if the checkpoint has no such state."""
+    depth = depth_of(feature_layer, layers)
     checkpoint.require(0 <= depth <= layers, f"has {layers} layers and no hidden state feature_layer={feature_layer}")
     return depth
 

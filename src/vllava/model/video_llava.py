@@ -82,6 +82,10 @@ class VideoLlava(nn.Module):
             row = splice(row, self.encode("image", batch.images), batch.image_slots)
         if len(batch.videos):
             row = splice(row, self.encode("video", batch.videos), batch.video_slots)
+        if self.training and self.encoders and not len(batch.images) and not len(batch.videos):
+            # Where ranks train together, each needs a gradient, if one of zero, for the projector too.
+            nothing = row.new_zeros(1, next(iter(self.encoders.values())).hidden_size)
+            row = row + 0 * self.projector(nothing).sum()
         return row
 
     def logits(self, batch: Batch, positions: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from vllava.batch import Batch, MediumSpec
+from vllava.batch import Batch, MediumSpec, idle_batch
 from vllava.model.checkpoint import Description, save_trained
 from vllava.model.lora import merged
+from vllava.model.sharding import shard
 from vllava.model.video_llava import VideoLlava
 from vllava.training.task import Task
 
@@ -24,6 +25,12 @@ class Stage(Task):
 
     def loss_terms(self, batch: Batch) -> int:
         return batch.num_supervised
+
+    def idle_loss(self) -> Tensor:
+        return self.model.loss_sum(idle_batch().to(self.device)) * 0
+
+    def shard(self, mesh: Any) -> None:
+        shard(self.model, mesh)
 
     @property
     def specs(self) -> dict[str, MediumSpec]:

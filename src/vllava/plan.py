@@ -1,0 +1,297 @@
+"""What a training run will need, before it starts: `python -m vllava.plan +experiment=stage1 model=video_llava_7b`.
+
+The model is built on the meta device, without weights: parameters are counted, the rest is arithmetic, which is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import OmegaConf, open_dict
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, PreTrainedConfig, ViTMAEConfig
+
+from vllava.config import CONF, check, register_resolvers
+from vllava.errors import UserError
+from vllava.model.encoders import depth_of, vision_config
+from vllava.model.files import Checkpoint
+from vllava.model.languagebind import VisionTower
+from vllava.model.projector import projector
+
+# Settings of public checkpoints, so that a plan downloads nothing.
+_VIT_L = {
+    **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "image_size": 224,
+}
+PUBLISHED: dict[str, PreTrainedConfig] = {
+    "lmsys/vicuna-7b-v1.5": LlamaConfig(max_position_embeddings=4096),
+    "LanguageBind/LanguageBind_Image": CLIPVisionConfig(**_VIT_L, patch_size=14, add_time_attn=False, num_frames=1),
+    "LanguageBind/LanguageBind_Video_merge": CLIPVisionConfig(
+        **_VIT_L, patch_size=14, add_time_attn=True, num_frames=8
+    ),
+    "openai/clip-vit-large-patch14": CLIPVisionConfig(**_VIT_L, patch_size=14, add_time_attn=False, num_frames=1),
+    "facebook/vit-mae-large": ViTMAEConfig(**_VIT_L, patch_size=16),
+}
+GPUS = {  # memory in GB, dense bf16 peak in TFLOP/s: the makers' data sheets
+    "a100-40g": (40, 312),
+    "a100-80g": (80, 312),
+    "h100-80g": (80, 989),
+    "h200-141g": (141, 989),
+    "l40s-48g": (48, 362),
+    "rtx4090-24g": (24, 165),
+}
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One vision tower up to the selected layer: its size, and what one medium costs."""
+
+    parameters: int
+    tokens: int  # of one medium, as the LLM sees them
+    flops: float  # to encode one medium
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The figures; see `text` for how they come about."""
+
+    parameters: dict[str, int]
+    trained: tuple[str, ...]
+    tokens: dict[str, int]  # visual tokens of one medium
+    samples: dict[str, int]  # of an epoch, by modality
+    text_tokens: dict[str, float]  # of a sample, by modality
+    flops: dict[str, float]  # of a sample, by modality: what the model needs, without recomputation
+    memory: dict[str, float]  # bytes of one device, by kind
+    host_memory: float  # bytes per device's share in the machine's memory
+
+    @property
+    def epoch_flops(self) -> float:
+        return sum(self.flops[kind] * count for kind, count in self.samples.items())
+
+    @property
+    def epoch_tokens(self) -> float:
+        return sum(n * (self.tokens.get(k, 0) + self.text_tokens[k]) for k, n in self.samples.items())
+
+    def hours(self, gpus: int, tflops: float, utilisation: float) -> float:
+        return self.epoch_flops / (gpus * tflops * 1e12 * utilisation) / 3600
+
+
+def config_at(path: str) -> PreTrainedConfig:
+    """A model's settings: of a public checkpoint from the list above, else from its folder or the hub."""
+    if path in PUBLISHED and not Path(path).exists():
+        return PUBLISHED[path]
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"No settings of a model at {path} ({str(error).splitlines()[0]}).") from error
+
+
+def plan_encoder(settings: dict[str, Any], kind: str) -> Encoder:
+    """The plan of an encoder from its configuration."""
+    path = settings["path"]
+    layer = settings.get("feature_layer", -2)
+    known = path in PUBLISHED and not Path(path).exists()
+    if settings["_target_"].endswith("MaeEncoder"):
+        mae = config_at(path)
+        patches = (mae.image_size // mae.patch_size) ** 2
+        width, inner, depth = mae.hidden_size, mae.intermediate_size, depth_of(layer, mae.num_hidden_layers)
+        each = 4 * width * (width + 1) + 2 * width * inner + inner + width + 4 * width  # attention, MLP, layer norms
+        embeddings = 3 * mae.patch_size**2 * width + width + (patches + 1) * width + width
+        flops = _transformer_flops(each * depth + embeddings, depth, width, patches + 1, causal=False)
+        return Encoder(each * depth + embeddings, patches, flops)
+    config: Any = PUBLISHED[path] if known else vision_config(Checkpoint(path))
+    frames = (settings.get("frames") or config.num_frames) if kind == "video" else 1
+    with torch.device("meta"):
+        tower = VisionTower(config, layer)
+    size = sum(p.numel() for p in tower.parameters())
+    patches = (config.image_size // config.patch_size) ** 2
+    per_frame = _transformer_flops(size, tower.depth, config.hidden_size, patches + 1, causal=False)
+    if getattr(config, "add_time_attn", False):
+        per_frame += tower.depth * 4 * frames * config.hidden_size * (patches + 1)  # scores and sums over the frames
+    return Encoder(size, frames * (patches + 1) if kind == "video" else patches, frames * per_frame)
+
+
+def _transformer_flops(parameters: float, layers: int, width: int, tokens: float, causal: bool) -> float:
+    """One forward pass: 2 FLOPs for each weight and token, and 4 for each pair of tokens, width and layer."""
+    return 2 * parameters * tokens + 4 * layers * width * tokens**2 * (0.5 if causal else 1)
+
+
+def make(settings: dict[str, Any], gpus: int) -> Plan:
+    """The plan of a resolved configuration."""
+    recipe = settings["recipes"][settings["experiment"].removesuffix("_lora")]
+    encoders = {
+        kind: plan_encoder(settings["encoder"][kind], kind)
+        for kind in ("image", "video")
+        if not settings["encoder"][kind]["_target_"].endswith("no_encoder")
+    }
+    config: Any = config_at(settings["foundations"]["llm"])
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(config)
+    width = config.hidden_size
+    widths = [
+        PUBLISHED[s["path"]].hidden_size if s["path"] in PUBLISHED else config_width(s["path"])
+        for kind, s in settings["encoder"].items()
+        if kind in encoders
+    ]
+    parameters = {f"{kind} encoder": encoder.parameters for kind, encoder in encoders.items()}
+    parameters["projector"] = sum(p.numel() for p in projector(widths[0], width).parameters()) if widths else 0
+    parameters["llm"] = sum(p.numel() for p in llm.parameters())
+    head = config.vocab_size * width
+    body = parameters["llm"] - head * (1 if config.tie_word_embeddings else 2)
+    trained = ["projector"] if "projector" in settings["task"]["trained"] else []
+    lora = settings["model"].get("lora")
+    if lora:
+        parameters["adapters"] = lora["r"] * sum(
+            m.in_features + m.out_features
+            for name, m in llm.named_modules()
+            if isinstance(m, torch.nn.Linear) and name != "lm_head"
+        )
+        trained.append("adapters")
+    elif "llm" in settings["task"]["trained"]:
+        trained.append("llm")
+
+    samples = {k: n for k, n in recipe["samples"].items() if k in settings["data"]["modalities"]}
+    flops = {}
+    # A trained weight costs a forward and two backward products; a frozen one, through which gradients pass, one less.
+    through = 3 if "llm" in trained else 2
+    for kind in samples:
+        medium = encoders.get(kind)
+        visual, text = (medium.tokens if medium else 0), recipe["text_tokens"][kind]
+        total = _transformer_flops(body, config.num_hidden_layers, width, visual + text, causal=True)
+        total += 2 * head * text * recipe["supervised_share"]
+        flops[kind] = (medium.flops if medium else 0) + through * total + 3 * 2 * parameters["projector"] * visual
+        if lora:
+            flops[kind] += 3 * 2 * parameters["adapters"] * (visual + text)
+    memory, host = _memory(settings, parameters, trained, config, gpus, body / config.num_hidden_layers)
+    return Plan(
+        parameters,
+        tuple(trained),
+        {kind: encoder.tokens for kind, encoder in encoders.items()},
+        samples,
+        {kind: recipe["text_tokens"][kind] for kind in samples},
+        flops,
+        memory,
+        host,
+    )
+
+
+def config_width(path: str) -> int:
+    """The hidden size of an encoder's checkpoint."""
+    config = Checkpoint(path).config
+    return config.get("vision_config", config)["hidden_size"]
+
+
+def _memory(
+    settings: dict[str, Any], parameters: dict[str, int], trained: list[str], llm: Any, gpus: int, layer: float
+) -> tuple[dict[str, float], float]:
+    """Bytes of one device by kind, and bytes in the machine's memory, for the trainer that is configured."""
+    strategy = settings["trainer"]["strategy"]
+    target = strategy["_target_"].rsplit(".", 1)[1] if isinstance(strategy, dict) else str(strategy)
+    total, learnt = sum(parameters.values()), sum(parameters[name] for name in trained)
+    states = 8.0 * learnt  # AdamW: two float32 numbers for each trained weight
+    host = 0.0
+    if target == "DeepSpeedStrategy":  # weights in bf16, a float32 copy of the trained ones with the optimiser
+        weights, gradients, optimizer = 2.0 * total, 2.0 * learnt / gpus, (states + 4.0 * learnt) / gpus
+        if strategy.get("offload_optimizer"):
+            optimizer, host = 0.0, optimizer
+    elif target == "Fsdp":  # all but the encoders is shared out; one layer at a time is gathered
+        encoders = sum(size for name, size in parameters.items() if name.endswith("encoder"))
+        weights = 4.0 * encoders + 4.0 * (total - encoders) / gpus + 2 * 2.0 * layer
+        gradients, optimizer = 4.0 * learnt / gpus, states / gpus
+    else:
+        weights, gradients, optimizer = 4.0 * total + 2.0 * learnt, 4.0 * learnt, states  # with autocast's bf16 copies
+    tokens, width, inner = settings["data"]["token_budget"], llm.hidden_size, llm.intermediate_size
+    each = 2.0 * tokens * (8 * width + 4 * inner)  # what one layer keeps for its backward pass, in bf16
+    if settings["model"]["llm"].get("gradient_checkpointing"):
+        activations = 2.0 * tokens * width * llm.num_hidden_layers + each
+    else:
+        activations = each * llm.num_hidden_layers
+    kinds = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "activations": activations}
+    return kinds, host
+
+
+def text(plan: Plan, settings: dict[str, Any], gpu: str, gpus: int, utilisation: float) -> str:
+    """The plan as a page of text, with its arithmetic."""
+    memory, tflops = GPUS[gpu]
+    lines = [f"{settings['experiment']} ({settings['ablation']}), {gpus} x {gpu}", "", "parameters"]
+    for name, size in plan.parameters.items():
+        lines.append(f"  {name:16}{size:>16,}  {'trained' if name in plan.trained else 'frozen'}")
+    lines += ["", "one sample        visual + text tokens        TFLOP      samples of an epoch"]
+    for kind, count in plan.samples.items():
+        visual, words = plan.tokens.get(kind, 0), plan.text_tokens[kind]
+        lines.append(f"  {kind:16}{visual:>9,} + {words:<12g}{plan.flops[kind] / 1e12:>12.3f}{count:>25,}")
+    through = 3 if "llm" in plan.trained else 2
+    lines += [
+        "",
+        f"  Per token an LLM weight costs 2 FLOP forward and {2 * (through - 1)} backward: "
+        + ("4 = 2 for the token's gradient, 2 for the weight's." if through == 3 else "only the token's gradient; "
+           "the weight is frozen."),
+        "  Added: attention, the encoders' forward pass, the projector, the head at supervised tokens.",
+        "",
+        f"epoch: {plan.epoch_tokens:.3g} tokens, {plan.epoch_flops:.3g} FLOP = "
+        + " + ".join(f"{plan.flops[k] * n:.2g} ({k})" for k, n in plan.samples.items()),
+        f"  {plan.hours(gpus, tflops, utilisation):.3g} hours at {utilisation:.0%} of {gpus} x {tflops} TFLOP/s",
+        "",
+        "memory of one device, GB (activations: an estimate)",
+    ]  # fmt: skip
+    lines += [f"  {kind:16}{size / GB:>10.2f}" for kind, size in plan.memory.items()]
+    needed = sum(plan.memory.values()) / GB
+    verdict = "fits" if needed < 0.92 * memory else "does not fit"
+    lines.append(f"  {'together':16}{needed:>10.2f}  {verdict} {gpu} ({memory} GB, 8 % kept free)")
+    if plan.host_memory:
+        lines.append(f"  {'on the host':16}{plan.host_memory / GB:>10.2f}  per device")
+    return "\n".join(lines)
+
+
+def configured(overrides: list[str]) -> dict[str, Any]:
+    """The resolved configuration of a command line; raises UserError for a mistake in it."""
+    register_resolvers()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("train", overrides, return_hydra_config=True)
+    except HydraException as error:
+        raise UserError(str(error).replace("\n", " ")) from error
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    check(cfg)
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    if (
+        settings["experiment"].removesuffix("_lora") not in settings["recipes"]
+        or "samples" not in settings["recipes"][settings["experiment"].removesuffix("_lora")]
+    ):
+        raise UserError(f"A plan is for a stage; {settings['experiment']} is none, or its recipe names no samples.")
+    return settings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vllava.plan", description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="+", help="as for train.py: +experiment=stage1 model=video_llava_7b …")
+    parser.add_argument("--gpu", choices=GPUS, default="a100-80g", help="default: %(default)s")
+    parser.add_argument("--gpus", type=int, default=8, help="how many (default: %(default)s)")
+    parser.add_argument("--utilisation", type=float, default=0.5, help="share of the peak (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="the figures as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        settings = configured(options.overrides)
+        plan = make(settings, options.gpus)
+    except UserError as error:
+        sys.exit(f"error: {error.paragraph}")
+    if options.json:
+        print(json.dumps({**vars(plan), "epoch_flops": plan.epoch_flops, "epoch_tokens": plan.epoch_tokens}, indent=1))
+    else:
+        print(text(plan, settings, options.gpu, options.gpus, options.utilisation))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
