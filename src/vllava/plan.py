@@ -56,6 +56,7 @@ class Encoder:
     """One vision tower up to the selected layer: its size, and what one medium costs."""
 
     parameters: int
+    width: int
     tokens: int  # of one medium, as the LLM sees them
     flops: float  # to encode one medium
 
@@ -107,7 +108,7 @@ def plan_encoder(settings: dict[str, Any], kind: str) -> Encoder:
         each = 4 * width * (width + 1) + 2 * width * inner + inner + width + 4 * width  # attention, MLP, layer norms
         embeddings = 3 * mae.patch_size**2 * width + width + (patches + 1) * width + width
         flops = _transformer_flops(each * depth + embeddings, depth, width, patches + 1, causal=False)
-        return Encoder(each * depth + embeddings, patches, flops)
+        return Encoder(each * depth + embeddings, width, patches, flops)
     config: Any = PUBLISHED[path] if known else vision_config(Checkpoint(path))
     frames = (settings.get("frames") or config.num_frames) if kind == "video" else 1
     with torch.device("meta"):
@@ -117,7 +118,7 @@ def plan_encoder(settings: dict[str, Any], kind: str) -> Encoder:
     per_frame = _transformer_flops(size, tower.depth, config.hidden_size, patches + 1, causal=False)
     if getattr(config, "add_time_attn", False):
         per_frame += tower.depth * 4 * frames * config.hidden_size * (patches + 1)  # scores and sums over the frames
-    return Encoder(size, frames * (patches + 1) if kind == "video" else patches, frames * per_frame)
+    return Encoder(size, config.hidden_size, frames * (patches + 1) if kind == "video" else patches, frames * per_frame)
 
 
 def _transformer_flops(parameters: float, layers: int, width: int, tokens: float, causal: bool) -> float:
@@ -127,7 +128,7 @@ def _transformer_flops(parameters: float, layers: int, width: int, tokens: float
 
 def make(settings: dict[str, Any], gpus: int) -> Plan:
     """The plan of a resolved configuration."""
-    recipe = settings["recipes"][settings["experiment"].removesuffix("_lora")]
+    recipe = _recipe(settings)
     encoders = {
         kind: plan_encoder(settings["encoder"][kind], kind)
         for kind in ("image", "video")
@@ -137,13 +138,9 @@ def make(settings: dict[str, Any], gpus: int) -> Plan:
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config)
     width = config.hidden_size
-    widths = [
-        PUBLISHED[s["path"]].hidden_size if s["path"] in PUBLISHED else config_width(s["path"])
-        for kind, s in settings["encoder"].items()
-        if kind in encoders
-    ]
     parameters = {f"{kind} encoder": encoder.parameters for kind, encoder in encoders.items()}
-    parameters["projector"] = sum(p.numel() for p in projector(widths[0], width).parameters()) if widths else 0
+    features = next(encoder.width for encoder in encoders.values())
+    parameters["projector"] = sum(p.numel() for p in projector(features, width).parameters())
     parameters["llm"] = sum(p.numel() for p in llm.parameters())
     head = config.vocab_size * width
     body = parameters["llm"] - head * (1 if config.tie_word_embeddings else 2)
@@ -182,12 +179,6 @@ def make(settings: dict[str, Any], gpus: int) -> Plan:
         memory,
         host,
     )
-
-
-def config_width(path: str) -> int:
-    """The hidden size of an encoder's checkpoint."""
-    config = Checkpoint(path).config
-    return config.get("vision_config", config)["hidden_size"]
 
 
 def _memory(
@@ -252,6 +243,11 @@ def text(plan: Plan, settings: dict[str, Any], gpu: str, gpus: int, utilisation:
     return "\n".join(lines)
 
 
+def _recipe(settings: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of the stage that a configuration trains, with adapters or without; empty if it trains none."""
+    return settings.get("recipes", {}).get(settings["experiment"].removesuffix("_lora"), {})
+
+
 def configured(overrides: list[str]) -> dict[str, Any]:
     """The resolved configuration of a command line; raises UserError for a mistake in it."""
     register_resolvers()
@@ -265,10 +261,7 @@ def configured(overrides: list[str]) -> dict[str, Any]:
         del cfg["hydra"]
     check(cfg)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    if (
-        settings["experiment"].removesuffix("_lora") not in settings["recipes"]
-        or "samples" not in settings["recipes"][settings["experiment"].removesuffix("_lora")]
-    ):
+    if "samples" not in _recipe(settings):
         raise UserError(f"A plan is for a stage; {settings['experiment']} is none, or its recipe names no samples.")
     return settings
 

@@ -130,7 +130,7 @@ def load_projector(model: VideoLlava, path: Path) -> None:
     if not path.is_file():
         raise UserError(
             f"No projector at {path}. Train one with `python train.py +experiment=stage1` (same ablation, model and "
-            "seed), or give one with model.projector=PATH/projector.safetensors."
+            "seed), or give one with projector=PATH/projector.safetensors."
         )
     if (path.parent / DESCRIPTION).is_file():
         wanted = read_description(path.parent).sha256

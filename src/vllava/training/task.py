@@ -126,7 +126,8 @@ class Task(L.LightningModule):
         total = self.trainer.strategy.reduce(terms, reduce_op="sum").clamp(min=1)
         loss = torch.zeros((), device=self.device)
         # Every rank takes as many turns as the one with the most micro-batches: each is a collective operation.
-        turns = int(self.trainer.strategy.reduce(torch.tensor(len(step.micro_batches)), reduce_op="max"))
+        own_turns = torch.tensor(len(step.micro_batches), device=self.device)  # NCCL reduces on GPUs only
+        turns = int(self.trainer.strategy.reduce(own_turns, reduce_op="max"))
         batches = [*step.micro_batches, *[None] * (max(turns, 1) - len(step.micro_batches))]
         for number, batch in enumerate(batches):
             with nullcontext() if number == len(batches) - 1 else self._without_sync():
