@@ -7,12 +7,13 @@ The package holds the pretrained weights in one GGUF file (4 bits a weight). It 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -25,6 +26,16 @@ def packaged() -> Path:
     return Path(found.submodule_search_locations[0])
 
 
+def dequantised(folder: Path) -> PreTrainedModel:
+    """The model in half precision, free of its file format: one that says it is quantised cannot be trained further."""
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_prep.smollm2", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -33,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = packaged()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    model.half().save_pretrained(options.out)
+    model = dequantised(folder)
+    model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     print(f"{options.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
     return 0

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from vllava.batch import IGNORE_INDEX
-from vllava.conversation import PLACEHOLDER_IDS, TEMPLATES, encode, template, without_media
+from vllava.conversation import PLACEHOLDER_IDS, TEMPLATES, encode, end_of_turn, template, without_media
 from vllava.errors import UserError
 
 SYSTEM = (
@@ -22,11 +22,13 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FORGETS_ANSWERS = (  # as templates that drop the reasoning of earlier answers do
-    "{% for m in messages %}{{ m['role'] }}: "
-    "{{ '' if m['role'] == 'assistant' and not loop.last else m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+REASONS_LAST = (  # as templates do that show the reasoning, here an empty one, of the last answer only
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ '<think></think>' if m['role'] == 'assistant' and loop.last }}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+FORGETS_ANSWERS = CHATML.replace("m['content']", "'' if m['role'] == 'assistant' and not loop.last else m['content']")
+ENDLESS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
 def turns(*values):
@@ -60,8 +62,13 @@ def supervised_text(encoded, tokenizer):
 
 @pytest.fixture(scope="session")
 def chat_tokenizer(tokenizer):
+    return with_chat_template(tokenizer, CHATML)
+
+
+def with_chat_template(tokenizer, text):
     changed = copy.deepcopy(tokenizer)
-    changed.chat_template = CHATML
+    changed.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    changed.chat_template = text
     return changed
 
 
@@ -108,17 +115,36 @@ def test_chat_template_supervises_what_follows_each_generation_prompt(chat_token
     parts = []
     for question, answer in zip(conversation[::2], conversation[1::2], strict=True):
         parts += [(f"<|im_start|>user\n{question['value']}<|im_end|>\n<|im_start|>assistant\n", False)]
-        parts += [(f"{answer['value']}<|im_end|>\n", True)]
+        parts += [(f"{answer['value']}<|im_end|>", True), ("\n", False)]
     encoded = encode(conversation, chat_tokenizer, TEMPLATES["chat"])
     assert (encoded.token_ids, encoded.labels) == labelled(parts, chat_tokenizer)
 
 
-def test_chat_template_that_rewrites_earlier_turns_is_refused(tokenizer):
-    changed = copy.deepcopy(tokenizer)
-    changed.chat_template = FORGETS_ANSWERS
+def test_chat_template_that_writes_its_last_turn_otherwise_is_labelled_as_it_will_be_generated(tokenizer):
+    tokenizer = with_chat_template(tokenizer, REASONS_LAST)
+    conversation = turns("One?", "Two.", "Three?", "Four.")
+    encoded = encode(conversation, tokenizer, TEMPLATES["chat"])
+    assert tokenizer.decode(encoded.token_ids) == tokenizer.apply_chat_template(
+        [{"role": r, "content": t["value"]} for r, t in zip(["user", "assistant"] * 2, conversation, strict=True)],
+        tokenize=False,
+    )
+    assert supervised_text(encoded, tokenizer) == "Two.<|im_end|><think></think>Four.<|im_end|>"
+
+
+def test_chat_template_that_loses_an_answer_or_its_end_is_refused(tokenizer):
+    changed = with_chat_template(tokenizer, FORGETS_ANSWERS)
     encode(turns("One?", "Two."), changed, TEMPLATES["chat"])  # a single round has no earlier turn
-    with pytest.raises(UserError, match="rewrites earlier turns when turn 3"):
+    with pytest.raises(UserError, match="does not write answer 1 as it stands"):
         encode(turns("One?", "Two.", "Three?", "Four."), changed, TEMPLATES["chat"])
+    with pytest.raises(UserError, match="no special token.*where to stop"):
+        encode(turns("One?", "Two."), with_chat_template(tokenizer, ENDLESS), TEMPLATES["chat"])
+
+
+def test_a_turn_ends_with_the_token_its_template_taught(chat_tokenizer):
+    ends = {name: end_of_turn(chat_tokenizer, TEMPLATES[name]) for name in TEMPLATES}
+    assert chat_tokenizer.convert_ids_to_tokens(ends["vicuna_v1"]) == "</s>"
+    assert chat_tokenizer.convert_ids_to_tokens(ends["chat"]) == "<|im_end|>"
+    assert chat_tokenizer.decode([ends["plain"]]) == "\n"
 
 
 def test_tokenizer_without_a_chat_template_is_refused(tokenizer):
@@ -237,7 +263,9 @@ def test_prompt_is_where_the_answer_would_begin(name, chat_tokenizer):
     whole = encode(conversation, chat_tokenizer, TEMPLATES[name])
     answer = whole.token_ids[len(prompt.token_ids) :]
     assert whole.token_ids[: len(prompt.token_ids)] == prompt.token_ids
-    assert whole.labels[len(prompt.token_ids) :] == answer
+    learnt = [label for label in whole.labels[len(prompt.token_ids) :] if label != IGNORE_INDEX]
+    assert learnt == answer[: len(learnt)]
+    assert chat_tokenizer.decode(answer[len(learnt) :]) == ("\n" if name == "chat" else "")
     assert whole.labels[: len(prompt.token_ids)] == prompt.labels
     assert chat_tokenizer.decode(answer).startswith(" Two balls" if name == "vicuna_v1" else "Two balls")
 
@@ -301,6 +329,6 @@ def test_no_text_or_medium_is_lost_and_labels_are_the_tokens_themselves(rounds, 
         whole += chat_tokenizer.decode(run) if is_text else "".join(names[token] for token in run)
     assert whole == rendered(rounds, name)
     assert all(label in (token, IGNORE_INDEX) for token, label in zip(encoded.token_ids, encoded.labels, strict=True))
-    before, end = {"vicuna_v1": (" ", "</s>"), "chat": ("", "<|im_end|>\n"), "plain": ("", "\n")}[name]
+    before, end = {"vicuna_v1": (" ", "</s>"), "chat": ("", "<|im_end|>"), "plain": ("", "\n")}[name]
     supervised = "".join(before + answer + end for _, answer in rounds)
     assert supervised_text(encoded, chat_tokenizer) == supervised

@@ -206,9 +206,9 @@ def continue_slowly(model, llm, packed, length, end):
     return tokens
 
 
-@pytest.mark.parametrize("several_ends", [False, True])
+@pytest.mark.parametrize("known_to", ["llm", "llm, as one of several", "caller"])
 @torch.no_grad()
-def test_generation_of_a_batch_is_greedy_decoding_sample_by_sample(several_ends, model, make_packer, mixed_samples):
+def test_generation_of_a_batch_is_greedy_decoding_sample_by_sample(known_to, model, make_packer, mixed_samples):
     packer = make_packer(model)
     prompts = [packer.prompt(sample) for sample in mixed_samples]
     llm = plain_llm(model)
@@ -216,13 +216,15 @@ def test_generation_of_a_batch_is_greedy_decoding_sample_by_sample(several_ends,
 
     endless = [continue_slowly(model, llm, prompt, 8, end=None) for prompt in prompts]
     end = endless[0][3]
-    model.llm.generation_config.eos_token_id = [end, -1] if several_ends else end
+    own = {"llm": end, "llm, as one of several": [end, -1], "caller": None}[known_to]
+    ends = [end] if known_to == "caller" else []
+    model.llm.generation_config.eos_token_id = own
     expected = [continue_slowly(model, llm, prompt, 8, end) for prompt in prompts]
     assert len({tuple(tokens) for tokens in expected}) == 5
     assert len(expected[0]) <= 3 < 8 == max(len(tokens) for tokens in expected)  # one stops early, one does not
 
-    assert model.generate(pack(prompts), max_new_tokens=8) == expected
-    assert [model.generate(pack([prompt]), max_new_tokens=8)[0] for prompt in prompts] == expected
+    assert model.generate(pack(prompts), max_new_tokens=8, ends=ends) == expected
+    assert [model.generate(pack([prompt]), max_new_tokens=8, ends=ends)[0] for prompt in prompts] == expected
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

@@ -77,28 +77,52 @@ def plain(conversation: Sequence[Message], tokenizer: Any) -> list[Piece]:
 
 
 def chat_template(conversation: Sequence[Message], tokenizer: Any) -> list[Piece]:
-    """The tokenizer's own chat template.
+    """The tokenizer's own chat template; loss from where an answer would be generated through the token that ends it.
 
-    An answer's piece is what the rendered text gains when the answer is added after the generation prompt.
-    Raises UserError where the tokenizer has no chat template, or one that rewrites earlier turns.
+    Raises UserError where the tokenizer has no chat template, or one in which an answer's place or end is not known.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("This tokenizer has no chat template. Choose data.template=vicuna_v1 or plain.")
     roles = {"human": "user", "gpt": "assistant"}
     chat = [{"role": roles[m["from"]], "content": m["value"]} for m in conversation]
+    text = _render(chat, tokenizer)
     pieces: list[Piece] = []
-    done = ""
-    for index, message in enumerate(chat):
-        is_answer = message["role"] == "assistant"
-        text = tokenizer.apply_chat_template(chat[: index + 1], tokenize=False, add_generation_prompt=not is_answer)
-        if not text.startswith(done):
-            raise UserError(
-                f"The tokenizer's chat template rewrites earlier turns when turn {index + 1} is added, so the answers' "
-                "places in the text are not known. Choose data.template=vicuna_v1, or a template that only appends."
-            )
-        pieces.append(Piece(text[len(done) :], supervised=is_answer))
-        done = text
-    return pieces
+    done = 0
+    for turn in range(1, len(chat), 2):
+        start, stop = _answer_span(text, chat, turn, tokenizer)
+        pieces += [Piece(text[done:start]), Piece(text[start:stop], supervised=True)]
+        done = stop
+    return [*pieces, Piece(text[done:])]
+
+
+def _render(chat: list[dict], tokenizer: Any) -> str:
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=chat[-1]["role"] == "user")
+
+
+def _answer_span(text: str, chat: list[dict], turn: int, tokenizer: Any) -> tuple[int, int]:
+    """Where the answer `turn` lies in the rendered text: from the end of its generation prompt through its end token.
+
+    What stands around the answer is what does not change when another answer takes its place.
+    """
+    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+    marked = _render([*chat[:turn], {**chat[turn], "content": mark}, *chat[turn + 1 :]], tokenizer)
+    before, found, after = marked.partition(mark)
+    if not (found and text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)):
+        raise UserError(f"The tokenizer's chat template does not write answer {turn // 2 + 1} as it stands. {_ANOTHER}")
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    end = re.match(rf"\s*({'|'.join(map(re.escape, special))})", after) if special else None
+    if end is None:
+        raise UserError(
+            "The tokenizer's chat template ends an answer with no special token, so a model could not learn where to "
+            f"stop. {_ANOTHER}"
+        )
+    # Where a template writes earlier turns otherwise than the last one, a turn may not begin as its prompt did.
+    prompt = _render(chat[:turn], tokenizer)
+    start = len(prompt) if before.startswith(prompt) else len(before)
+    return start, len(text) - len(after) + end.end()
+
+
+_ANOTHER = "Choose data.template=vicuna_v1, or a tokenizer with another chat template."
 
 
 TEMPLATES: dict[str, Template] = {
@@ -146,6 +170,12 @@ def encode(conversation: Sequence[Message], tokenizer: Any, template: Template) 
             labels.append(IGNORE_INDEX)
             start = match.end()
     return EncodedConversation(ids, labels)
+
+
+def end_of_turn(tokenizer: Any, template: Template) -> int:
+    """The token with which a model that learned from this template ends an answer."""
+    probe = encode([{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}], tokenizer, template)
+    return next(label for label in reversed(probe.labels) if label != IGNORE_INDEX)
 
 
 def without_media(conversation: Sequence[Message]) -> list[Message]:

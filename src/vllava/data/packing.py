@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllava.batch import IGNORE_INDEX, Batch, CaptionBatch, MediumSpec, empty_images, empty_videos
-from vllava.conversation import PLACEHOLDER_IDS, EncodedConversation, Template, encode
+from vllava.conversation import PLACEHOLDER_IDS, EncodedConversation, Template, encode, end_of_turn
 from vllava.data.samples import Medium, Sample
 from vllava.errors import UserError
 
@@ -98,6 +99,11 @@ class ConversationPacker:
         answered = sample.conversation[-1]["from"] == "gpt"
         asked = sample.conversation[:-1] if answered else sample.conversation
         return expand(sample.key, encode(asked, self.tokenizer, self.template), sample.media, self.specs)
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The token that ends an answer."""
+        return end_of_turn(self.tokenizer, self.template)
 
     def collate(self, samples: list[PackedSample]) -> list[Batch]:
         """Micro-batches in the given order, each closed before it would exceed the token budget."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -110,27 +111,30 @@ class VideoLlava(nn.Module):
         return self.loss_sum(batch) / batch.num_supervised
 
     @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int = 64, **sampling) -> list[list[int]]:
+    def generate(
+        self, batch: Batch, max_new_tokens: int = 64, ends: Collection[int] = (), **sampling
+    ) -> list[list[int]]:
         """Continue every sample of the batch; greedy unless `do_sample=True` and friends are given.
 
-        Returns the new token ids of each sample, without the end token. `transformers`' own generation with
-        its KV cache does the work, on left-padded embeddings.
+        Returns the new token ids of each sample, up to one of the LLM's own end tokens or of `ends`, which is left
+        out. `transformers`' own generation with its KV cache does the work, on left-padded embeddings.
         """
         segments = self.embed(batch).split(batch.cu_seqlens.diff().tolist())
         embeddings = pad_sequence([s.flip(0) for s in segments], batch_first=True).flip(1)
         lengths = batch.cu_seqlens.diff()[:, None]
         mask = torch.arange(embeddings.shape[1], 0, -1, device=lengths.device) <= lengths
         config = self.llm.generation_config
-        end, pad = config.eos_token_id, config.pad_token_id
-        ends = set(end) if isinstance(end, list) else {end}
+        own = config.eos_token_id
+        stops = {*ends, *(own if isinstance(own, list) else [own] if own is not None else [])}
         output = self.llm.generate(
             inputs_embeds=embeddings,
             attention_mask=mask.long(),
             max_new_tokens=max_new_tokens,
-            pad_token_id=pad if pad is not None else min(ends),
+            eos_token_id=sorted(stops) or None,
+            pad_token_id=config.pad_token_id if config.pad_token_id is not None else min(stops, default=0),
             **{"do_sample": False, **sampling},
         )
-        return [_until(row, ends) for row in output.tolist()]
+        return [_until(row, stops) for row in output.tolist()]
 
 
 def _until(tokens: list[int], ends: set[int]) -> list[int]:
