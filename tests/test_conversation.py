@@ -136,7 +136,7 @@ def test_chat_template_that_loses_an_answer_or_its_end_is_refused(tokenizer):
     encode(turns("One?", "Two."), changed, TEMPLATES["chat"])  # a single round has no earlier turn
     with pytest.raises(UserError, match="does not write answer 1 as it stands"):
         encode(turns("One?", "Two.", "Three?", "Four."), changed, TEMPLATES["chat"])
-    with pytest.raises(UserError, match="no special token.*where to stop"):
+    with pytest.raises(UserError, match=r"no special token.*where to stop"):
         encode(turns("One?", "Two."), with_chat_template(tokenizer, ENDLESS), TEMPLATES["chat"])
 
 
