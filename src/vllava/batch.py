@@ -65,6 +65,7 @@ class Batch(_Movable):
     image_slots: Tensor  # [N * P] int64
     video_slots: Tensor  # [N * P] int64
     keys: list[str] = field(default_factory=list)  # S sample keys
+    longest: int | None = None  # tokens of the longest sample, if known; looking it up makes a GPU wait
 
     @property
     def num_samples(self) -> int:

@@ -63,6 +63,7 @@ def pack(samples: Sequence[PackedSample]) -> Batch:
         image_slots=_places(ids, "image"),
         video_slots=_places(ids, "video"),
         keys=[sample.key for sample in samples],
+        longest=max(len(sample) for sample in samples),
     )
 
 

@@ -2,9 +2,14 @@
 
 Called with `cu_seq_lens_q` (a packed row, [1, heads, T, d]) each segment attends causally to itself alone;
 called without, it is `transformers`' own SDPA attention with the mask it was given (encoders, generation).
+
+A packed row takes one flash-attention call for all segments on CUDA in half precision, and one call for each segment
+elsewhere: on CPUs that is as fast as any batched form (docs/performance.md).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +17,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from vllava.errors import UserError
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # older torch
+    varlen_attn = None
 
 PACKED = "packed"
 
@@ -23,27 +35,80 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """query [B, heads, T, d], key and value [B, key heads, T, d] to [B, T, heads, d]; B is 1 for a packed row."""
+    """query [B, heads, T, d], key and value [B, key heads, T, d] to [B, T, heads, d]; B is 1 for a packed row.
+
+    `cu_seq_lens_q` [S + 1] int32 says where segments begin, `max_length_q` how long the longest is. With a
+    `sliding_window` a token sees itself and the `sliding_window - 1` before it. Raises UserError for what LLMs ask of
+    their attention beyond that.
+    """
+    for extra in ("softcap", "s_aux"):
+        if kwargs.get(extra) is not None:
+            raise UserError(f"This LLM's attention wants {extra!r}, which packed rows do not have. Choose another LLM.")
     if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         # torch's CPU attention is slower in bfloat16 than in float32, its backward nine times: leave autocast here.
         dtype = value.dtype
+        query, key, value = query.float(), key.float(), value.float()
         with torch.autocast("cpu", enabled=False):
             out, _ = packed_attention(
-                module, query.float(), key.float(), value.float(), attention_mask, cu_seq_lens_q, scaling, **kwargs
+                *(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, scaling, sliding_window),
+                **kwargs,
             )
         return out.to(dtype), None
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    lengths = cu_seq_lens_q.diff().tolist()
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and half and varlen_attn is not None:
+        return flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    return by_segment(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
+
+
+def by_segment(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    """Causal attention within each segment of a row, one call for each; shapes as in `packed_attention`."""
+    lengths = cu_seqlens.diff().tolist()
     grouped = query.shape[1] != key.shape[1]
     segments = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+        scaled_dot_product_attention(q, k, v, **_causal(q, window), scale=scaling, enable_gqa=grouped)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
-    return torch.cat(segments, 2).transpose(1, 2), None
+    return torch.cat(segments, 2).transpose(1, 2)
+
+
+def _causal(query: Tensor, window: int | None) -> dict[str, Any]:
+    """What tells SDPA who sees whom in one segment."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return {"is_causal": True}
+    seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    return {"attn_mask": seen}
+
+
+def flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    longest: int | None,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """The same, in one call for all segments; CUDA and half precision only."""
+    longest = longest or int(cu_seqlens.diff().max())
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    out = varlen_attn(
+        *(query, key, value, cu_seqlens, cu_seqlens, longest, longest),
+        window_size=(window - 1 if window else -1, 0),  # -1: all that came before
+        scale=scaling,
+        **grouped,
+    )
+    return out.unsqueeze(0)
 
 
 def packed_mask(*args, attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:

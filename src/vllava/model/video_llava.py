@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vllava.batch import IGNORE_INDEX, Batch, MediumSpec
 from vllava.errors import UserError
 from vllava.model.encoders import Encoder
+from vllava.model.loss import CHUNK, PLAIN_HEADS, chunked_cross_entropy
 from vllava.model.projector import projector
 from vllava.model.splice import splice
 
@@ -91,20 +92,27 @@ class VideoLlava(nn.Module):
 
     def logits(self, batch: Batch, positions: Tensor) -> Tensor:
         """Next-token logits [len(positions), V] at the given places of the row; no others are computed."""
-        output = self.llm(
-            inputs_embeds=self.embed(batch)[None],
-            position_ids=batch.position_ids[None],
-            cu_seq_lens_q=batch.cu_seqlens,
-            logits_to_keep=positions,
-            use_cache=False,
-        )
-        return output.logits[0]
+        return self.llm(**self._row(batch), logits_to_keep=positions).logits[0]
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """The summed negative log likelihood of the supervised tokens (equation 2); divide by `num_supervised`."""
-        places = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
-        logits = self.logits(batch, places - 1)  # the token before predicts the label
-        return cross_entropy(logits.float(), batch.labels[places], reduction="sum")
+        supervised = (batch.labels != IGNORE_INDEX).nonzero().squeeze(1)
+        labels = batch.labels[supervised]
+        before = supervised - 1  # the token that predicts the label
+        if len(labels) <= CHUNK or self.llm.config.model_type not in PLAIN_HEADS:
+            return cross_entropy(self.logits(batch, before).float(), labels, reduction="sum")
+        hidden = self.llm.get_decoder()(**self._row(batch)).last_hidden_state[0]
+        return chunked_cross_entropy(hidden[before], self.llm.get_output_embeddings(), labels)
+
+    def _row(self, batch: Batch) -> dict[str, Any]:
+        """What the LLM is called with."""
+        return {
+            "inputs_embeds": self.embed(batch)[None],
+            "position_ids": batch.position_ids[None],
+            "cu_seq_lens_q": batch.cu_seqlens,
+            "max_length_q": batch.longest,
+            "use_cache": False,
+        }
 
     def loss(self, batch: Batch) -> Tensor:
         """The mean negative log likelihood over the batch's supervised tokens."""
