@@ -60,8 +60,8 @@ class Batch(_Movable):
     labels: Tensor  # [T] int64; labels[t] is the target *at* t (the model shifts), IGNORE_INDEX where there is no loss
     position_ids: Tensor  # [T] int64
     cu_seqlens: Tensor  # [S + 1] int32
-    images: Tensor  # [N, 3, H, W]
-    videos: Tensor  # [N, F, 3, H, W]
+    images: Tensor  # [N, 3, H, W], or features [N, P, E] that the encoder gave before
+    videos: Tensor  # [N, F, 3, H, W], or features [N, P, E]
     image_slots: Tensor  # [N * P] int64
     video_slots: Tensor  # [N * P] int64
     keys: list[str] = field(default_factory=list)  # S sample keys

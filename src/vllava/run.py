@@ -27,6 +27,7 @@ from vllava.config import check, run_name
 from vllava.errors import UserError
 from vllava.evaluation.preview import Preview
 from vllava.evaluation.report import write_report
+from vllava.features import use_features
 from vllava.model.build import load_tokenizer
 from vllava.model.checkpoint import load_projector
 from vllava.model.device import computes_in_bf16
@@ -121,6 +122,8 @@ def train(cfg: DictConfig) -> None:
     task: Task = instantiate(cfg.task)(model=model)
     task.check(settings)
     data = instantiate(cfg.data, _convert_="all")(specs=task.specs, tokenizer=tokenizer)
+    if data.wants_features:
+        use_features(data, model, settings["encoder"], half="bf16" in precision(cfg))
     preview = Preview(cfg.preview, task.specs, tokenizer, settings) if cfg.preview else None
     announce(cfg, task, data)
     history = History(run_dir)
@@ -172,13 +175,17 @@ def announce(cfg: DictConfig, task: Task, data: Any) -> None:
     print(f"{steps}; run folder {cfg.run_dir}", flush=True)
 
 
+def precision(cfg: DictConfig) -> str:
+    """The precision of a run, resolved for the device."""
+    if cfg.trainer.precision != "auto":
+        return str(cfg.trainer.precision)
+    return "bf16-mixed" if computes_in_bf16() else "32-true"
+
+
 def build_trainer(cfg: DictConfig, settings: Any, callbacks: list[L.Callback]) -> L.Trainer:
-    """Lightning's Trainer as configured, with precision resolved for the device."""
+    """Lightning's Trainer as configured."""
     run_dir = Path(cfg.run_dir)
     logger = instantiate(cfg.logger)(run_dir=run_dir, name=run_dir.name, config=settings)
-    precision = cfg.trainer.precision
-    if precision == "auto":
-        precision = "bf16-mixed" if computes_in_bf16() else "32-true"
     saving = [
         ModelCheckpoint(
             run_dir,
@@ -188,7 +195,7 @@ def build_trainer(cfg: DictConfig, settings: Any, callbacks: list[L.Callback]) -
         ),
         StopBetweenSteps(run_dir / RESUME),
     ]
-    return instantiate(cfg.trainer, precision=precision)(
+    return instantiate(cfg.trainer, precision=precision(cfg))(
         logger=logger if logger is not None else False,
         callbacks=[*callbacks, *saving],
         default_root_dir=run_dir,

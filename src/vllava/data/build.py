@@ -15,6 +15,7 @@ from vllava.errors import UserError
 
 Specs = dict[str, MediumSpec]
 MODALITIES = ("image", "video", "text")
+FEATURES = ("online", "cache")
 
 
 def _chosen(sources: dict[str, dict[str, str]], modalities: list[str]) -> dict[str, str]:
@@ -53,11 +54,13 @@ def conversation_data(
     workers: int = -1,
     shuffle_window: int = 64,
     num_frames: int | None = None,
+    features: str = "online",
 ) -> DataModule:
     """Conversations in packed micro-batches, for the stages and for training a language model.
 
     sources: modality -> name -> folder of shards; only `modalities` are used. num_frames: frames of a video, which
-    the video encoder decides; raises UserError if it takes another number. See DataModule, ConversationPacker,
+    the video encoder decides; raises UserError if it takes another number. features: "online" or "cache", see
+    vllava.features. See DataModule, ConversationPacker,
     Preprocess and SampleDecoder for the other settings.
     """
     if num_frames and "video" in specs and specs["video"].frames != num_frames:
@@ -65,6 +68,8 @@ def conversation_data(
             f"data.num_frames={num_frames}, but the video encoder takes {specs['video'].frames} frames: set "
             "encoder.video.frames to the same number."
         )
+    if features not in FEATURES:
+        raise UserError(f"data.features={features!r} is not known; there are: {', '.join(FEATURES)}.")
     return DataModule(
         _chosen(sources, modalities),
         sample_decoder(specs, image_fit, decoder),
@@ -74,6 +79,7 @@ def conversation_data(
         remedy,
         workers,
         shuffle_window,
+        features == "cache",
     )
 
 

@@ -72,7 +72,8 @@ class DataModule(L.LightningDataModule):
 
     sources: folders of shards (name -> path); remedy: the sentence that ends a missing-shards error;
     global_batch: samples per optimiser step, over all devices; workers: loader processes (-1: cores - 1, at most 8);
-    shuffle_window: shards mixed at a time.
+    shuffle_window: shards mixed at a time; wants_features: whether what encoders make of the media is to be read
+    instead of the media, see vllava.features.
     """
 
     def __init__(
@@ -85,12 +86,15 @@ class DataModule(L.LightningDataModule):
         remedy: str = "",
         workers: int = -1,
         shuffle_window: int = 64,
+        wants_features: bool = False,
     ) -> None:
         super().__init__()
         if not sources:
             raise UserError("data.sources is empty: name at least one folder of shards.")
+        self.sources, self.remedy = sources, remedy
         self.shards = [shard for folder in sources.values() for shard in read_manifest(folder, remedy)]
         self.decode, self.assembler = decode, assembler
+        self.wants_features = wants_features
         self.global_batch, self.seed, self.shuffle_window = global_batch, seed, shuffle_window
         self.workers = min(max((os.cpu_count() or 2) - 1, 1), 8) if workers < 0 else workers
         self.samples = sum(shard.samples for shard in self.shards)

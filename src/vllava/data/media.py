@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vllava.errors import UserError
@@ -22,6 +22,8 @@ def decode_image(data: bytes) -> Image.Image:
     """An image file as RGB; raises UserError if it cannot be read."""
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
+    except UnidentifiedImageError as error:  # whose own words are an object's address
+        raise UserError("unreadable image (of no known format)") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"unreadable image ({error})") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+import safetensors.torch
 from torch import Tensor
 
 from vllava.batch import MediumSpec
@@ -13,12 +14,14 @@ from vllava.data.media import Preprocess, decode_image
 from vllava.data.video import VideoDecoder
 from vllava.errors import UserError
 
+FEATURES = ".safetensors"  # as in KEY.0.image.safetensors: the encoder's output for the first medium, an image
+BROKEN = "broken"  # instead of media that could not be read: the reason
 VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi", "mov", "gif")
 
 
 @dataclass(frozen=True)
 class Medium:
-    """An image [3, H, W] or a video [F, 3, H, W]."""
+    """An image [3, H, W] or a video [F, 3, H, W], or what its encoder made of it [P, E]."""
 
     kind: str
     pixels: Tensor
@@ -44,6 +47,8 @@ class SampleDecoder:
 
     def __call__(self, key: str, members: dict[str, bytes]) -> Sample:
         """Raises UserError, without the key, for anything that is wrong with this sample."""
+        if BROKEN in members:
+            raise UserError(members[BROKEN].decode())
         try:
             record = json.loads(members["json"])
             conversation = record["conversations"]
@@ -67,8 +72,17 @@ class SampleDecoder:
             raise UserError(f"{len(files)} prepared frames, the model takes {spec.frames}")
         return Medium("video", self.preprocess.video([decode_image(data) for data in files], spec.size))
 
+    def features(self, kind: str, data: bytes) -> Medium:
+        """A medium that was encoded before."""
+        features = safetensors.torch.load(data)["features"]
+        if len(features) != self._spec(kind).tokens:
+            raise UserError(f"{len(features)} features of an encoder, the model takes {self._spec(kind).tokens}")
+        return Medium(kind, features)
+
     def _medium(self, files: list[tuple[str, bytes]]) -> Medium:
         extension, data = files[0]
+        if extension.endswith(FEATURES):
+            return self.features(extension.removesuffix(FEATURES), data)
         if extension.startswith("frame"):
             return self.frames([frame for _, frame in files])
         return self.video(data) if extension in VIDEO_EXTENSIONS else self.image(data)

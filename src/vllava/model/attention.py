@@ -9,6 +9,7 @@ elsewhere: on CPUs that is as fast as any batched form (docs/performance.md).
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from transformers.masking_utils import sdpa_mask
 from vllava.errors import UserError
 
 try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # older torch
-    varlen_attn = None
+    from torch.nn.attention import varlen
+
+    varlen_attn: Any = varlen.varlen_attn
+    HAS_FLASH = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch's first versions had less
+except ImportError:
+    HAS_FLASH = False
 
 PACKED = "packed"
 
@@ -62,7 +66,7 @@ def packed_attention(
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and half and varlen_attn is not None:
+    if HAS_FLASH and query.is_cuda and half:
         return flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     return by_segment(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
 
@@ -101,12 +105,11 @@ def flash(
     """The same, in one call for all segments; CUDA and half precision only."""
     longest = longest or int(cu_seqlens.diff().max())
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     out = varlen_attn(
         *(query, key, value, cu_seqlens, cu_seqlens, longest, longest),
         window_size=(window - 1 if window else -1, 0),  # -1: all that came before
         scale=scaling,
-        **grouped,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out.unsqueeze(0)
 

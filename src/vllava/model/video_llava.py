@@ -72,10 +72,14 @@ class VideoLlava(nn.Module):
         return self
 
     def encode(self, kind: str, pixels: Tensor) -> Tensor:
-        """Images [N, 3, H, W] or videos [N, F, 3, H, W] to projected visual tokens [N, P, D] (equation 1)."""
-        with torch.no_grad():
-            features = self.encoders[kind](pixels)
-        return self.projector(features)
+        """Images [N, 3, H, W] or videos [N, F, 3, H, W] to projected visual tokens [N, P, D] (equation 1).
+
+        Features [N, P, E] that the encoder gave before are projected as they are.
+        """
+        if pixels.ndim > 3:
+            with torch.no_grad():
+                pixels = self.encoders[kind](pixels)
+        return self.projector(pixels)
 
     def embed(self, batch: Batch) -> Tensor:
         """The packed row as embeddings [T, D], visual tokens spliced in at their slots."""

@@ -1,0 +1,152 @@
+"""Features that were computed once give the loss that media give, and neither decoder nor encoder is asked again."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TOKENIZER
+from shard_fixtures import image_sample, talk, text_sample, video_sample, write_source
+from torch.testing import assert_close
+
+from vllava.data.build import conversation_data
+from vllava.errors import UserError
+from vllava.features import AT_ONCE, FeatureWriter, use_features
+from vllava.model.build import load_tokenizer
+
+SETTINGS = {
+    "image": {"_target_": "vllava.model.encoders.ClipEncoder", "path": "a", "medium": "image", "feature_layer": -2},
+    "video": {"_target_": "vllava.model.encoders.ClipEncoder", "path": "b", "medium": "video", "feature_layer": -2},
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Several shards of images, one of them broken, of videos and of text; more samples than are encoded at once."""
+    root = tmp_path_factory.mktemp("world")
+    images = [image_sample(f"image{i}", shade=10 * i) for i in range(AT_ONCE + 4)]
+    images[3] = ("torn", {"id": "torn", "conversations": talk()}, [("jpg", b"no picture")])
+    both = {"id": "both", "conversations": talk("And this? <video>")}
+    images.append(("both", both, [image_sample("", 90)[2][0], video_sample("", 200)[2][0]]))
+    write_source(root / "images", images, per_shard=15)
+    write_source(root / "videos", [video_sample(f"video{i}", shade=30 * i) for i in range(5)], per_shard=3)
+    write_source(root / "text", [text_sample(f"text{i}") for i in range(3)], per_shard=3)
+    return {kind: {"test": str(root / kind)} for kind in ("images", "videos", "text")}
+
+
+@pytest.fixture
+def world(sources, tmp_path):
+    """A copy of the shards, to which nothing was added yet."""
+    copied = {}
+    for kind, named in sources.items():
+        shutil.copytree(named["test"], tmp_path / kind)
+        copied[kind.removesuffix("s")] = {"test": str(tmp_path / kind)}
+    return copied
+
+
+def data_of(model, world, **changes):
+    settings = {"global_batch": 7, "seed": 0, "workers": 0, "modalities": list(world), **changes}
+    return conversation_data(model.specs, load_tokenizer(str(TOKENIZER)), world, **settings)
+
+
+@torch.no_grad()
+def epoch(model, data, half=False):
+    """Of each step: keys, reasons of what is broken, and the loss of each micro-batch."""
+    for step in data.train_dataloader():
+        broken = [(key.rsplit("/")[-1], reason) for key, reason in step.broken]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses = [model.loss(batch) for batch in step.micro_batches]
+        yield [batch.keys for batch in step.micro_batches], broken, losses
+
+
+@pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-6), (True, 1e-3)])
+def test_the_loss_of_every_micro_batch_is_that_of_the_media(half, tolerance, model, world):
+    online, cached = data_of(model, world), data_of(model, world, features="cache")
+    assert cached.wants_features and not online.wants_features
+    use_features(cached, model, SETTINGS, half)
+    expected, found = list(epoch(model, online, half)), list(epoch(model, cached, half))
+    assert sum(len(broken) for _, broken, _ in expected) == 1
+    assert [(keys, broken) for keys, broken, _ in found] == [(keys, broken) for keys, broken, _ in expected]
+    for (_, _, ours), (_, _, theirs) in zip(found, expected, strict=True):
+        assert_close(torch.stack(ours), torch.stack(theirs), atol=tolerance, rtol=0)
+
+
+def test_nothing_is_decoded_or_encoded_a_second_time(model, world, monkeypatch):
+    use_features(data_of(model, world, features="cache"), model, SETTINGS, half=False)
+    for encoder in model.encoders.values():
+        monkeypatch.setattr(encoder, "forward", None)
+    again = data_of(model, world, features="cache")
+    monkeypatch.setattr(type(again.decode), "image", None)
+    monkeypatch.setattr(type(again.decode), "video", None)
+    use_features(again, model, SETTINGS, half=False)
+    assert sum(len(keys) for batches, _, _ in epoch(model, again) for keys in batches) == AT_ONCE + 5 + 5 + 3 - 1
+
+
+def writer(model, world, half=False, settings=SETTINGS, **changes):
+    return FeatureWriter(model, data_of(model, world, **changes).decode, settings, half)
+
+
+def test_other_data_encoders_preprocessing_or_precision_have_features_of_their_own(model, make_model, world, tmp_path):
+    images = tmp_path / "images"
+    first = writer(model, world).folder(images)
+    assert first == writer(make_model(seed=5), world).folder(images)  # another LLM, the same encoders
+    assert first != writer(model, world, half=True).folder(images)
+    assert first != writer(model, world, image_fit="pad").folder(images)
+    deeper = {**SETTINGS, "image": {**SETTINGS["image"], "feature_layer": -3}}
+    assert first != writer(model, world, settings=deeper).folder(images)
+    model.encoder("image").sha256 = "another"
+    assert first != writer(model, world).folder(images)
+
+
+def test_features_depend_on_the_encoders_of_the_media_there_are_and_on_no_others(model, world, tmp_path):
+    before = {kind: writer(model, world).folder(tmp_path / kind) for kind in ("images", "videos")}
+    model.encoder("image").sha256 = "another"
+    after = {kind: writer(model, world).folder(tmp_path / kind) for kind in ("images", "videos")}
+    assert before["videos"] == after["videos"] and before["images"] != after["images"]
+
+
+def test_changed_shards_are_encoded_anew(model, world, tmp_path):
+    before = writer(model, world).folder(tmp_path / "videos")
+    manifest = tmp_path / "videos" / "manifest.json"
+    changed = json.loads(manifest.read_text())
+    changed["shards"][0]["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(changed))
+    assert before != writer(model, world).folder(tmp_path / "videos")
+
+
+def test_rows_of_text_stay_where_they_are(model, world, tmp_path):
+    assert writer(model, world).write(tmp_path / "text", "") == tmp_path / "text"
+
+
+def test_an_interrupted_encoding_goes_on_with_the_shards_that_are_missing(model, world, tmp_path):
+    one = writer(model, world)
+    folder = one.write(tmp_path / "videos", "")
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "manifest.json").unlink()
+    (folder / "00001.json").unlink()
+    (folder / "00001.tar").write_bytes(b"half a shard")
+    untouched = (folder / "00000.tar").stat().st_mtime_ns
+    one.write(tmp_path / "videos", "")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    assert (folder / "00000.tar").stat().st_mtime_ns == untouched
+
+
+def test_features_of_another_size_are_refused_by_name_of_the_sample(model, world, tmp_path, make_clip, tokenizer):
+    data = data_of(model, world, features="cache")
+    use_features(data, model, SETTINGS, half=False)
+    specs = {**model.specs, "video": type(model.specs["video"])(32, 99, 4)}
+    other = conversation_data(specs, tokenizer, world, ["video"], 7, seed=0, workers=0)
+    other.shards = [shard for shard in data.shards if "videos" in str(shard.path)]
+    broken = [reason for step in other.train_dataloader() for _, reason in step.broken]
+    assert len(broken) == 5 and "20 features of an encoder, the model takes 99" in broken[0]
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_with_the_remedy(model, world, tmp_path):
+    (tmp_path / "videos" / "features").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot be written to .*videos.*data\.features=online"):
+        writer(model, world).write(tmp_path / "videos", "")
+
+
+def test_an_unknown_kind_of_features_is_an_error(model, world):
+    with pytest.raises(UserError, match=r"data\.features='off'.*online, cache"):
+        data_of(model, world, features="off")
