@@ -31,6 +31,7 @@ from vllava.features import use_features
 from vllava.model.build import load_tokenizer
 from vllava.model.checkpoint import load_projector
 from vllava.model.device import computes_in_bf16
+from vllava.model.precision import halve_frozen
 from vllava.training.callbacks import History, StopBetweenSteps, Throughput, progress_bar
 from vllava.training.loggers import log_samples
 from vllava.training.task import Task
@@ -124,6 +125,8 @@ def train(cfg: DictConfig) -> None:
     data = instantiate(cfg.data, _convert_="all")(specs=task.specs, tokenizer=tokenizer)
     if data.wants_features:
         use_features(data, model, settings["encoder"], half="bf16" in precision(cfg))
+    if "bf16" in precision(cfg) and computes_in_bf16():
+        halve_frozen(model, llm="Fsdp" not in str(cfg.trainer.strategy))  # FSDP2 wants one type in a layer
     preview = Preview(cfg.preview, task.specs, tokenizer, settings) if cfg.preview else None
     announce(cfg, task, data)
     history = History(run_dir)

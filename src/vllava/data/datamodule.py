@@ -103,6 +103,9 @@ class DataModule(L.LightningDataModule):
     def steps_per_epoch(self) -> int:
         return -(-self.samples // self.global_batch)
 
+    def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
+        return batch.to(device, non_blocking=True)  # from pinned memory, while the device still computes
+
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
         rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)

@@ -32,6 +32,7 @@ except ImportError:
 PACKED = "packed"
 
 
+@torch.compiler.disable  # the number of segments differs from row to row, and each would be compiled anew
 def packed_attention(
     module: nn.Module,
     query: Tensor,

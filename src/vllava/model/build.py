@@ -41,11 +41,13 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def load_llm(path: str, gradient_checkpointing: bool = False, four_bit: bool = False) -> nn.Module:
+def load_llm(
+    path: str, gradient_checkpointing: bool = False, four_bit: bool = False, compile_layers: bool = False
+) -> nn.Module:
     """Any causal LM that `transformers` can load, in float32, with attention over packed rows.
 
     `gradient_checkpointing` keeps only each layer's input for the backward pass; `four_bit` quantises the weights to
-    NF4 (QLoRA), which needs a GPU and bitsandbytes.
+    NF4 (QLoRA), which needs a GPU and bitsandbytes; `compile_layers` lets torch.compile have each layer.
     """
     _local_or_hub(path, "language model")
     settings: dict[str, Any] = {"quantization_config": _nf4()} if four_bit else {}
@@ -55,7 +57,17 @@ def load_llm(path: str, gradient_checkpointing: bool = False, four_bit: bool = F
         raise UserError(f"No language model at {path} ({str(error).splitlines()[0]}).") from error
     if gradient_checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
+    if compile_layers:
+        for layer in layers_of(llm):
+            layer.compile(dynamic=True)
     return llm
+
+
+def layers_of(llm: Any) -> nn.ModuleList:
+    """The transformer layers of a causal LM."""
+    depth = llm.config.get_text_config().num_hidden_layers
+    [layers] = [m for m in llm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    return layers
 
 
 def _nf4() -> BitsAndBytesConfig:

@@ -8,20 +8,16 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from vllava.model.build import layers_of
 from vllava.model.video_llava import VideoLlava
 
 
 def shard(model: VideoLlava, mesh: Any) -> None:
     """Share out each layer of the LLM, then all the rest but the encoders: frozen, they stay whole on every device."""
-    [layers] = [m for m in model.llm.modules() if isinstance(m, nn.ModuleList) and len(m) == _depth(model.llm)]
-    for layer in layers:
+    for layer in layers_of(model.llm):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=set(model.encoders.parameters()))
     register_fsdp_forward_method(cast(nn.Module, model), "loss_sum")
-
-
-def _depth(llm: Any) -> int:
-    return llm.config.get_text_config().num_hidden_layers
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

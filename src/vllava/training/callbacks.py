@@ -43,7 +43,7 @@ class Throughput(L.Callback):
         self.ended = time.perf_counter()
         seconds = self.ended - self.began + self.waited
         task.log("samples_per_second", batch.samples * trainer.world_size / seconds, prog_bar=True)
-        task.log("data_wait_share", self.waited / seconds)
+        task.log("data_wait_share", self.waited / seconds, prog_bar=True)
         packed = [b for b in batch.micro_batches if isinstance(b, Batch)]
         if packed:
             computed = sum(len(b.token_ids) for b in packed)
