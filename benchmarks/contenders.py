@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import VideoLlavaConfig
 from transformers import VideoLlavaForConditionalGeneration as Port
 
-from vllava.batch import IGNORE_INDEX, Batch
+from vllava.batch import IGNORE_INDEX, Batch, Step
 from vllava.conversation import PLACEHOLDER_IDS
 from vllava.data.packing import PackedSample, pack
 from vllava.data.samples import Medium
@@ -111,11 +112,11 @@ def build(geometry: Geometry) -> tuple[VideoLlava, Port]:
     return model, port
 
 
-def draw(model: VideoLlava, mixture: Mixture, seed: int = 0) -> list[PackedSample]:
-    """Random samples of one global batch, in random order."""
+def draw(model: VideoLlava, mixture: Mixture, seed: int = 0, scale: float | None = None) -> list[PackedSample]:
+    """Random samples of one global batch, in random order; `scale` of the text lengths, if not the encoder's."""
     generator = torch.Generator().manual_seed(seed)
     kinds = [kind for kind, count in mixture.counts.items() for _ in range(count)]
-    scale = model.specs["image"].tokens / PAPER_IMAGE_TOKENS
+    scale = scale or model.specs["image"].tokens / PAPER_IMAGE_TOKENS
     return [
         _sample(model, kinds[i], max(round(mixture.text_tokens[kinds[i]] * scale), 4), mixture.supervised, generator)
         for i in torch.randperm(len(kinds), generator=generator).tolist()
@@ -163,6 +164,12 @@ def packed(samples: list[PackedSample], token_budget: int = 8192) -> list[Batch]
             rows.append([])
         rows[-1].append(sample)
     return [pack(row) for row in rows]
+
+
+def repeated(step: Step, times: int) -> DataLoader:
+    """A loader that gives the same step over and over."""
+    steps: Any = [step] * times  # a list is all the dataset a loader needs
+    return DataLoader(steps, batch_size=None)
 
 
 def train_only(model: nn.Module, parts: list[str]) -> list[nn.Parameter]:

@@ -1,54 +1,134 @@
-"""A training step of each stage, at the paper's mixture of images and videos: ours, the port's, and ours unpacked."""
+"""A training step of each stage: ours, and the port in `transformers` in a plain padded loop and in its Trainer."""
 
 from __future__ import annotations
 
-import argparse
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
 
-from benchmarks.contenders import MIXTURES, TRAINED, Geometry, Loop, build, draw, packed, padded, train_only
-from benchmarks.timing import take_turns
-from vllava.data.packing import pack
+import lightning as L
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.contenders import MIXTURES, TRAINED, Geometry, Loop, build, draw, packed, padded, repeated, train_only
+from benchmarks.timing import take_turns, timed
+from vllava.batch import Batch, Step
+from vllava.data.packing import PackedSample, pack
+from vllava.model.video_llava import VideoLlava
+from vllava.training.stage import Stage
+from vllava.training.task import Recipe
+
+STEPS = 2  # that a trainer is timed for, after one that is not
+PORT = "port, padded loop"
+HEADER = (
+    "stage 1: 14 images and 18 videos a batch (558 : 702); stage 2: 14 and 2 (665 : 100); ratio: to the port's loop"
+)
 
 
-def compare(geometry: Geometry, name: str, repeats: int, bf16: bool) -> dict:
-    """Samples and useful tokens per second, and how many times as fast as the port in a plain padded loop."""
-    model, port = build(geometry)
+def run(repeats: int, bf16: bool) -> list[dict]:
+    """Rows of samples/s, useful tokens/s and the ratio to the port, for each mixture and contender."""
+    return [row for mixture in MIXTURES for row in compare(mixture, repeats, bf16, trainers=" " not in mixture)]
+
+
+def compare(name: str, repeats: int, bf16: bool = False, trainers: bool = False) -> list[dict]:
+    """The rows of one mixture; `trainers`: also in Lightning and in the Trainer of `transformers`."""
+    model, port = build(Geometry())
     mixture = MIXTURES[name]
     parts = TRAINED[name.split()[0]]
     samples = draw(model, mixture)
     rows, inputs, single = packed(samples), padded(port, samples), [pack([sample]) for sample in samples]
     ours = Loop(model.train(), train_only(model, parts), bf16)
     theirs = Loop(port.train(), train_only(port, parts), bf16)
-    losses = {"ours": ours.packed_step(rows), "port, padded": theirs.padded_step(inputs)}
-    timing = take_turns(
-        {
-            "ours": lambda: ours.packed_step(rows),
-            "port, padded": lambda: theirs.padded_step(inputs),
-            "ours, unpacked": lambda: ours.packed_step(single),
-        },
-        repeats,
-    )
-    tokens = sum(map(len, samples))
-    return {
-        "mixture": mixture.counts,
-        "useful_token_share_padded": tokens / inputs["input_ids"].numel(),
-        "first_loss": losses,
-        "results": {
-            who: {
-                "seconds": timing.median(who),
-                "samples_per_second": mixture.samples / timing.median(who),
-                "useful_tokens_per_second": tokens / timing.median(who),
-                "times_port": timing.ratio(who, "port, padded"),
-            }
-            for who in timing.seconds
-        },
+    losses = {"ours": ours.packed_step(rows), PORT: theirs.padded_step(inputs)}
+    contenders = {
+        "ours": timed(lambda: ours.packed_step(rows)),
+        PORT: timed(lambda: theirs.padded_step(inputs)),
+        "ours, unpacked": timed(lambda: ours.packed_step(single)),
     }
+    if trainers:
+        contenders["ours, Lightning"] = in_lightning(model, parts, rows, bf16)
+        contenders["port, HF Trainer"] = in_hf_trainer(port, samples, bf16)
+    timing = take_turns(contenders, repeats)
+    tokens = sum(map(len, samples))
+    return [
+        {
+            "mixture": name,
+            "who": who,
+            "samples/s": mixture.samples / timing.median(who),
+            "useful tokens/s": tokens / timing.median(who),
+            "ratio": timing.ratio(who, PORT),
+            "first loss": losses.get(who),
+        }
+        for who in contenders
+    ]
 
 
-if __name__ == "__main__":
-    p = argparse.ArgumentParser()
-    p.add_argument("--patch", type=int, default=8)
-    p.add_argument("--bf16", action="store_true")
-    p.add_argument("names", nargs="*", default=["stage1", "stage2"])
-    o = p.parse_args()
-    for n in o.names:
-        print(n, compare(Geometry(patch_size=o.patch), n, 3, o.bf16))
+def in_lightning(model: VideoLlava, parts: list[str], rows: list[Batch], bf16: bool) -> Callable[[], float]:
+    """Seconds of a step in our training task, as `train.py` runs it."""
+
+    class Clock(L.Callback):
+        def on_train_batch_end(self, *_) -> None:
+            ends.append(time.perf_counter())
+
+    ends: list[float] = []
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    trained = [part.rstrip(".") for part in parts if part in ("projector", "llm.")]
+    step = Step(rows, samples=sum(row.num_samples for row in rows))
+
+    def run() -> float:
+        ends.clear()
+        trainer = L.Trainer(
+            accelerator="cpu",
+            precision="bf16-mixed" if bf16 else "32-true",
+            max_epochs=1,
+            logger=False,
+            callbacks=[Clock()],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Stage(model, trained, Recipe(lr=1e-5)), repeated(step, 1 + STEPS))
+        return (ends[-1] - ends[0]) / STEPS
+
+    return run
+
+
+def in_hf_trainer(port, samples: list[PackedSample], bf16: bool) -> Callable[[], float]:
+    """Seconds of a step of the port in the Trainer of `transformers`."""
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__) -> None:
+            ends.append(time.perf_counter())
+
+    ends: list[float] = []
+
+    def run() -> float:
+        ends.clear()
+        with tempfile.TemporaryDirectory() as folder:
+            settings = TrainingArguments(
+                folder,
+                max_steps=1 + STEPS,
+                per_device_train_batch_size=len(samples),
+                learning_rate=1e-5,
+                use_cpu=True,
+                bf16=bf16,
+                report_to=[],
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                dataloader_pin_memory=False,
+            )
+            Trainer(
+                port,
+                settings,
+                train_dataset=samples,
+                data_collator=lambda drawn: padded(port, drawn),
+                callbacks=[Clock()],
+            ).train()
+        return (ends[-1] - ends[0]) / STEPS
+
+    return run

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,18 @@ class Timing:
         return median(theirs / ours for theirs, ours in pairs)
 
 
-def take_turns(contenders: dict[str, Callable[[], object]], repeats: int = 5, warmup: int = 1) -> Timing:
+def timed(function: Callable[[], object]) -> Callable[[], float]:
+    """The function as a contender: one that says how many seconds it took."""
+
+    def run() -> float:
+        began = time.perf_counter()
+        function()
+        return time.perf_counter() - began
+
+    return run
+
+
+def take_turns(contenders: dict[str, Callable[[], float]], repeats: int, warmup: int = 1) -> Timing:
     """Run every contender once a turn, in an order that changes from turn to turn; the first turns are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
@@ -32,8 +45,12 @@ def take_turns(contenders: dict[str, Callable[[], object]], repeats: int = 5, wa
     for turn in range(warmup + repeats):
         shuffle(order)
         for name in order:
-            began = time.perf_counter()
-            contenders[name]()
+            spent = contenders[name]()
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(spent)
     return Timing(seconds)
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """The p of the power law, cost = c * size^p, that fits best."""
+    return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])

@@ -8,7 +8,9 @@ from torch import nn
 
 from vllava.data.packing import pack
 from vllava.model.build import load_llm
+from vllava.model.lora import Lora, add_lora
 from vllava.model.precision import halve_frozen
+from vllava.model.video_llava import VideoLlava
 from vllava.training.task import freeze_all_but
 
 
@@ -40,17 +42,30 @@ def halved(module):
     return {m.weight.dtype for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
 
 
-def test_what_is_trained_or_saved_keeps_its_precision(make_model):
+def test_what_is_trained_keeps_its_precision(make_model):
     model = make_model()
-    freeze_all_but(model, ["projector", "llm.model.layers.1"])  # saved whole: another of its layers is trained
-    halve_frozen(model)
+    freeze_all_but(model, ["projector", "llm.model.layers.1"])
+    assert halve_frozen(model, llm=False)
     assert halved(model.llm) == halved(model.projector) == {torch.float32}
     assert halved(model.encoders) == {torch.bfloat16}
-    freeze_all_but(model, ["projector"])
-    halve_frozen(model, llm=False)
-    assert halved(model.llm) == {torch.float32}
-    halve_frozen(model)
-    assert halved(model.llm) == {torch.bfloat16}
+    assert halve_frozen(model)
+    assert halved(model.projector) == halved(model.llm.model.layers[1]) == {torch.float32}
+    assert halved(model.llm.model.layers[0]) == halved(model.llm.lm_head) == {torch.bfloat16}
+
+
+def test_a_model_that_is_trained_whole_is_left(make_llm):
+    model = VideoLlava(make_llm())
+    assert not halve_frozen(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_adapters_train_on_halved_weights_as_on_whole_ones(make_model, batch):
+    model = make_model()
+    model.llm = add_lora(model.llm, Lora(r=4, alpha=8, dropout=0.0))
+    freeze_all_but(model, ["projector", "llm.*.lora_*"])
+    expected = loss_and_gradients(model, batch)
+    assert halve_frozen(model)
+    assert all(map(torch.equal, loss_and_gradients(model, batch), expected))
 
 
 def test_embeddings_tied_to_the_head_are_left(make_model):

@@ -20,7 +20,7 @@ from shard_fixtures import (
     write_tar,
 )
 
-from data_prep.shards import modality
+from data_prep.shards import modality, write_shard
 from vllava.data.build import sample_decoder
 from vllava.data.media import Preprocess
 from vllava.data.shards import Shard, ShardReader, epoch_order, read_manifest
@@ -131,6 +131,14 @@ def test_images_videos_and_prepared_frames_mix_in_one_sample():
     media = decode(members).media
     assert [medium.kind for medium in media] == ["video", "image", "video"]
     assert [mean_shade(medium.pixels) for medium in media] == pytest.approx([200, 30, 90], abs=4)
+
+
+def test_frames_are_written_as_they_are_read(tmp_path):
+    frames = [jpeg(shade) for shade in (10, 60, 110, 160)]
+    record = {"id": "a", "conversations": talk(placeholder="<video>")}
+    entry = write_shard(tmp_path / "0.tar", [("a", record, [("jpg", frames)])])
+    _, members = ShardReader([Shard(tmp_path / "0.tar", entry["samples"])], 1).read(0, 0)
+    assert [members[f"0.frame{i:02d}.jpg"] for i in range(4)] == frames
 
 
 def test_too_few_prepared_frames_are_an_error():

@@ -199,7 +199,8 @@ def _memory(
         weights = 4.0 * encoders + 4.0 * (total - encoders) / gpus + 2 * 2.0 * layer
         gradients, optimizer = 4.0 * learnt / gpus, states / gpus
     else:
-        weights, gradients, optimizer = 4.0 * total + 2.0 * learnt, 4.0 * learnt, states  # with autocast's bf16 copies
+        # Frozen weights are kept in bf16; of trained ones autocast makes a copy.
+        weights, gradients, optimizer = 2.0 * (total - learnt) + 6.0 * learnt, 4.0 * learnt, states
     tokens, width, inner = settings["data"]["token_budget"], llm.hidden_size, llm.intermediate_size
     each = 2.0 * tokens * (8 * width + 4 * inner)  # what one layer keeps for its backward pass, in bf16
     if settings["model"]["llm"].get("gradient_checkpointing"):

@@ -32,6 +32,7 @@ from vllava.model.build import load_tokenizer
 from vllava.model.checkpoint import load_projector
 from vllava.model.device import computes_in_bf16
 from vllava.model.precision import halve_frozen
+from vllava.model.video_llava import VideoLlava
 from vllava.training.callbacks import History, StopBetweenSteps, Throughput, progress_bar
 from vllava.training.loggers import log_samples
 from vllava.training.task import Task
@@ -125,8 +126,9 @@ def train(cfg: DictConfig) -> None:
     data = instantiate(cfg.data, _convert_="all")(specs=task.specs, tokenizer=tokenizer)
     if data.wants_features:
         use_features(data, model, settings["encoder"], half="bf16" in precision(cfg))
-    if "bf16" in precision(cfg) and computes_in_bf16():
-        halve_frozen(model, llm="Fsdp" not in str(cfg.trainer.strategy))  # FSDP2 wants one type in a layer
+    halved = False
+    if isinstance(model, VideoLlava) and "bf16" in precision(cfg) and computes_in_bf16():
+        halved = halve_frozen(model, llm="Fsdp" not in str(cfg.trainer.strategy))  # FSDP2 wants one type in a layer
     preview = Preview(cfg.preview, task.specs, tokenizer, settings) if cfg.preview else None
     announce(cfg, task, data)
     history = History(run_dir)
@@ -134,9 +136,10 @@ def train(cfg: DictConfig) -> None:
     trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
     if not trainer.is_global_zero:
         return
-    if task.whole:
-        task.model = instantiate(cfg.model)
-        task.model.load_state_dict(task.whole)
+    if halved or task.sharded:
+        weights = task.trained_weights()
+        task.model = instantiate(cfg.model)  # its frozen weights are what they were
+        task.model.load_state_dict(weights, strict=False)
     task.export(run_dir / "checkpoint", tokenizer, settings)
     (run_dir / RESUME).unlink(missing_ok=True)
     facts = {

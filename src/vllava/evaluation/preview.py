@@ -8,6 +8,7 @@ from vllava.batch import MediumSpec
 from vllava.data.build import conversation_packer, sample_decoder
 from vllava.evaluation.answers import answer_all, read_samples
 from vllava.evaluation.report import sample_rows
+from vllava.model.device import best_device
 
 
 class Preview:
@@ -27,5 +28,6 @@ class Preview:
 
     def rows(self, model: Any) -> list[dict[str, Any]]:
         """What the report and the W&B table show: pictures, question, answer, truth."""
-        answers = answer_all(model.eval(), self.packer, self.samples, batch_size=len(self.samples), max_new_tokens=32)
+        model = model.to(best_device()).eval()
+        answers = answer_all(model, self.packer, self.samples, batch_size=len(self.samples), max_new_tokens=32)
         return sample_rows(self.samples, answers, self.decode.preprocess)

@@ -77,7 +77,7 @@ class Task(L.LightningModule):
         self.trained = freeze_all_but(model, trained)
         self.broken: list[tuple[str, str]] = []
         self.sharded = False
-        self.whole: dict[str, Tensor] = {}  # all weights when training has ended, if they were shared out
+        self.whole: dict[str, Tensor] = {}  # when training has ended, the weights of a model that was shared out
         self.samples_seen = 0  # by this rank, broken ones included
 
     def loss_sum(self, batch: Any) -> Tensor:
@@ -116,6 +116,11 @@ class Task(L.LightningModule):
     def on_train_end(self) -> None:
         if self.sharded:
             self.whole = whole_state(self.model)
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """What was trained, by the model's names; where the model was shared out, when training has ended."""
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: self.whole[name] for name in trained} if self.sharded else trained
 
     def on_train_start(self) -> None:
         self.model.train()  # models come from disk in evaluation mode, and Lightning leaves modes as they are
