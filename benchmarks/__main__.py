@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import data, generation, gpu, memory, scaling, step
+from benchmarks import ablation, data, generation, gpu, memory, scaling, step
 
-PARTS = {"step": step, "data": data, "generation": generation, "memory": memory, "scaling": scaling, "gpu": gpu}
+PARTS = {part.__name__.split(".")[1]: part for part in (step, ablation, data, generation, memory, scaling, gpu)}
 
 
 def table(rows: list[dict]) -> str:

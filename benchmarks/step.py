@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 
 import lightning as L
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.contenders import MIXTURES, TRAINED, Geometry, Loop, build, draw, packed, padded, repeated, train_only
 from benchmarks.timing import take_turns, timed
@@ -58,7 +58,7 @@ def compare(name: str, repeats: int, bf16: bool = False, trainers: bool = False)
             "samples/s": mixture.samples / timing.median(who),
             "useful tokens/s": tokens / timing.median(who),
             "ratio": timing.ratio(who, PORT),
-            "first loss": losses.get(who),
+            "first loss": f"{losses[who]:.5f}" if who in losses else None,
         }
         for who in contenders
     ]
@@ -122,13 +122,15 @@ def in_hf_trainer(port, samples: list[PackedSample], bf16: bool) -> Callable[[],
                 remove_unused_columns=False,
                 dataloader_pin_memory=False,
             )
-            Trainer(
+            trainer = Trainer(
                 port,
                 settings,
                 train_dataset=samples,
                 data_collator=lambda drawn: padded(port, drawn),
                 callbacks=[Clock()],
-            ).train()
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
         return (ends[-1] - ends[0]) / STEPS
 
     return run
