@@ -98,6 +98,15 @@ def test_an_llm_whose_attention_wants_more_is_refused(text_samples):
         VideoLlava(packed).loss_sum(pack(text_samples))
 
 
+def test_attention_drops_out_while_it_trains(text_samples):
+    packed, _ = llms("llama", attention_dropout=0.5)
+    batch = pack(text_samples)
+    trained, model = VideoLlava(packed).train(), VideoLlava(packed)
+    losses = {float(trained.loss(batch)) for _ in range(3)}
+    assert len(losses) == 3
+    assert len({float(model.eval().loss(batch)) for _ in range(3)}) == 1
+
+
 def row(key_heads):
     total = sum(LENGTHS)
     query, key, value = (torch.randn(1, n, total, 8) for n in (4, key_heads, key_heads))

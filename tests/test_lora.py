@@ -34,11 +34,11 @@ def prepared(model, make_packer, mixed_samples):
     return [packer.prepare(sample) for sample in mixed_samples]
 
 
-def trained(model, prepared, steps=8, recipe=None):
+def trained(model, prepared, steps=8, recipe=None, callbacks=()):
     task = Stage(model, TRAINED, recipe or Recipe(lr=1e-2, warmup_ratio=0.0))
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
+        enable_model_summary=False, callbacks=list(callbacks),
     )  # fmt: skip
     trainer.fit(task, Shares([Step([pack(prepared)], samples=len(prepared))] * steps))
     return task
@@ -65,6 +65,23 @@ def test_only_projector_and_adapters_are_trained_and_each_at_its_own_rate(adapte
     assert changed and all(name.startswith("projector.") or ".lora_" in name for name in changed)
     rates = {group["initial_lr"]: sum(p.numel() for p in group["params"]) for group in task.optimizers().param_groups}
     assert rates == {1e-4: task.trained["projector"], 1e-2: task.trained["llm.*.lora_*"]}
+
+
+class Drawing(L.Callback):
+    """Disturbs the random numbers between steps, as an interruption does."""
+
+    def on_train_batch_end(self, *_):
+        torch.rand(5)
+
+
+def test_what_drops_out_follows_from_the_step_alone(make_model, prepared):
+    weights = []
+    for callbacks in ([], [Drawing()]):
+        torch.manual_seed(0)
+        model = make_model()
+        model.llm = add_lora(model.llm, Lora(r=4, alpha=8, dropout=0.5))
+        weights.append(trained(model, prepared, steps=3, callbacks=callbacks).trained_weights())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_a_rate_for_a_part_that_is_not_trained_is_an_error(adapted, prepared):

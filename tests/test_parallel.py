@@ -1,8 +1,10 @@
 """Several processes train as one: the same losses, the same weights, whatever shares the model out."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from safetensors.torch import load_file
@@ -15,24 +17,50 @@ STEPS = 10
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """A function that trains a stage for ten steps and returns the losses and the folder of the run."""
+    """A function that trains a stage for ten steps, once, and returns the losses and the folder of the run.
+
+    With `stop_after` it is interrupted after so many steps and started again.
+    """
     world = tmp_path_factory.mktemp("world")
     for split in ("stage1", "stage2", "eval"):
         make(split, world, seed=0, scale=0.03, processes=2)
     runs = tmp_path_factory.mktemp("runs")
 
-    def run(stage, name, *settings):
+    def run(stage, name, *settings, stop_after=None):
         folder = runs / f"{stage}-{name}"
         given = [f"+experiment={stage}", f"world={world}", f"run_dir={folder}", "logger=none", "data.workers=0"]
         given += [f"trainer.max_steps={STEPS}", "trainer.precision=32-true", "trainer.accelerator=cpu"]
         given += ["data.token_budget=700"]  # so that ranks differ in their number of micro-batches
         if stage == "stage2":
             given.append("projector=null")
-        done = subprocess.run([sys.executable, "train.py", *given, *settings], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()], folder
+        command = [sys.executable, "train.py", *given, *settings]
+        if stop_after:
+            interrupt(command, folder, stop_after)
+        if not (folder / "checkpoint").exists():
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        return history(folder), folder
 
     return run
+
+
+def history(folder):
+    path = folder / "history.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def interrupt(command, folder, steps):
+    """Start a run and, after so many steps, interrupt the first of its processes alone: all have to stop."""
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        while len(history(folder)) < steps and running.poll() is None:
+            time.sleep(0.02)
+        running.send_signal(signal.SIGINT)
+        running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 1 and steps <= len(history(folder)) < STEPS
+    assert (folder / "resume.ckpt").exists() and not (folder / "checkpoint").exists()
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -48,6 +76,21 @@ def test_two_processes_have_the_losses_and_end_with_the_weights_of_one(train, st
             assert mine.keys() == theirs.keys()
             for name, value in mine.items():
                 assert (value.float() - theirs[name].float()).abs().max() < 2e-3, (trainer, name)
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_processes_that_were_interrupted_end_as_two_undisturbed_ones(train, trainer):
+    settings = f"trainer={trainer}", "trainer.devices=2"
+    undisturbed, whole = train("stage2", trainer, *settings)
+    resumed, broken = train("stage2", f"{trainer}-broken", *settings, stop_after=3)
+    for key in ("step", "loss", "gradient_norm", "lr"):
+        assert [row[key] for row in resumed] == pytest.approx([row[key] for row in undisturbed], abs=1e-5)
+    for file in whole.glob("checkpoint/**/*.safetensors"):
+        mine, theirs = load_file(file), load_file(broken / file.relative_to(whole))
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            assert (value.float() - theirs[name].float()).abs().max() < 1e-5, name
+    assert not (broken / "resume.ckpt").exists()
 
 
 def test_deepspeed_on_a_machine_without_cuda_is_an_error_that_says_so(tmp_path):

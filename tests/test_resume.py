@@ -32,20 +32,40 @@ def steps(run_dir):
     return len(history.read_text().splitlines()) if history.is_file() else 0
 
 
-def test_interrupted_run_continues_and_ends_with_the_same_weights(command, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run([*command, f"run_dir={whole}"], check=True)
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """The folder of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    run([*command, f"run_dir={folder}"], check=True)
+    assert steps(folder) == 20
+    return folder
 
+
+def stop(command, run_dir, sent):
+    """Start a run and send it a signal after seven steps."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    running = subprocess.Popen([*command, f"run_dir={broken}"], cwd=ROOT, **pipes)
+    running = subprocess.Popen([*command, f"run_dir={run_dir}"], cwd=ROOT, **pipes)
     deadline = time.time() + 120
-    while steps(broken) < 7 and time.time() < deadline:
+    while steps(run_dir) < 7 and time.time() < deadline:
         time.sleep(0.02)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(sent)
     running.communicate(timeout=60)
     assert running.returncode != 0
-    assert 7 <= steps(broken) < 20
-    assert not (broken / "checkpoint").exists()
+    assert 7 <= steps(run_dir) < 20
+    assert not (run_dir / "checkpoint").exists()
+
+
+def assert_ended_as(whole, broken):
+    assert steps(broken) == 20
+    first, second = (load_file(folder / "checkpoint" / "projector.safetensors") for folder in (whole, broken))
+    for name, value in first.items():
+        assert (value - second[name]).abs().max() < 1e-6
+    assert not (broken / "resume.ckpt").exists()
+
+
+def test_interrupted_run_continues_and_ends_with_the_same_weights(command, whole, tmp_path):
+    broken = tmp_path / "broken"
+    stop(command, broken, signal.SIGINT)
 
     other = run([*command, f"run_dir={broken}", "task.recipe.lr=0.5"])
     assert other.returncode == 1
@@ -53,8 +73,12 @@ def test_interrupted_run_continues_and_ends_with_the_same_weights(command, tmp_p
 
     resumed = run([*command, f"run_dir={broken}"], check=True)
     assert "resuming" in resumed.stdout
-    assert steps(broken) == steps(whole) == 20
-    first, second = (load_file(folder / "checkpoint" / "projector.safetensors") for folder in (whole, broken))
-    for name, value in first.items():
-        assert (value - second[name]).abs().max() < 1e-6
-    assert not (broken / "resume.ckpt").exists()
+    assert_ended_as(whole, broken)
+
+
+def test_killed_run_continues_from_where_it_was_last_saved(command, whole, tmp_path):
+    broken = tmp_path / "broken"
+    always = [*command, "save_minutes=0"]
+    stop(always, broken, signal.SIGKILL)
+    assert "resuming" in run([*always, f"run_dir={broken}"], check=True).stdout
+    assert_ended_as(whole, broken)

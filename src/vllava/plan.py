@@ -190,7 +190,7 @@ def _memory(
     total, learnt = sum(parameters.values()), sum(parameters[name] for name in trained)
     states = 8.0 * learnt  # AdamW: two float32 numbers for each trained weight
     host = 0.0
-    if target == "DeepSpeedStrategy":  # weights in bf16, a float32 copy of the trained ones with the optimiser
+    if target == "DeepSpeed":  # weights in bf16, a float32 copy of the trained ones with the optimiser
         weights, gradients, optimizer = 2.0 * total, 2.0 * learnt / gpus, (states + 4.0 * learnt) / gpus
         if strategy.get("offload_optimizer"):
             optimizer, host = 0.0, optimizer

@@ -9,8 +9,6 @@ import subprocess
 import sys
 import time
 import warnings
-from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_utilities.core.imports import RequirementCache
 from omegaconf import DictConfig, OmegaConf
 
 from vllava.config import check, run_name
@@ -33,7 +31,7 @@ from vllava.model.checkpoint import load_projector
 from vllava.model.device import computes_in_bf16
 from vllava.model.precision import halve_frozen
 from vllava.model.video_llava import VideoLlava
-from vllava.training.callbacks import History, StopBetweenSteps, Throughput, progress_bar
+from vllava.training.callbacks import History, SaveToResume, Throughput, progress_bar
 from vllava.training.loggers import log_samples
 from vllava.training.task import Task
 
@@ -104,9 +102,10 @@ def run_chain(cfg: DictConfig) -> None:
 def require_cuda_for_deepspeed(cfg: DictConfig) -> None:
     """Raises UserError where DeepSpeed is asked for and cannot run."""
     asked = "DeepSpeed" in str(cfg.trainer.strategy)
-    if asked and not (torch.cuda.is_available() and find_spec("deepspeed")):
+    if asked and not (torch.cuda.is_available() and RequirementCache("deepspeed>=0.19.2")):
         raise UserError(
-            "DeepSpeed runs on CUDA GPUs, with the package deepspeed installed: choose trainer=ddp or trainer=fsdp."
+            "DeepSpeed runs on CUDA GPUs, with the package deepspeed installed, 0.19.2 or later: "
+            "choose trainer=ddp or trainer=fsdp."
         )
 
 
@@ -136,11 +135,13 @@ def train(cfg: DictConfig) -> None:
     trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
     if not trainer.is_global_zero:
         return
-    if halved or task.sharded:
+    if halved or task.whole:
         weights = task.trained_weights()
         task.model = instantiate(cfg.model)  # its frozen weights are what they were
         task.model.load_state_dict(weights, strict=False)
     task.export(run_dir / "checkpoint", tokenizer, settings)
+    if (run_dir / RESUME).is_dir():  # DeepSpeed's
+        shutil.rmtree(run_dir / RESUME)
     (run_dir / RESUME).unlink(missing_ok=True)
     facts = {
         "samples": task.samples_seen * trainer.world_size,
@@ -160,13 +161,13 @@ def unfinished(run_dir: Path, settings: Any) -> str | None:
     Writes the configuration to config.yaml. Raises UserError if the unfinished run had another configuration.
     """
     path, config = run_dir / RESUME, run_dir / "config.yaml"
-    if path.is_file() and (not config.is_file() or yaml.safe_load(config.read_text()) != settings):
+    if path.exists() and (not config.is_file() or yaml.safe_load(config.read_text()) != settings):
         raise UserError(
             f"{run_dir} holds an unfinished run of another configuration ({config}). Start that one again to end it, "
             f"delete {path} to give it up, or choose another folder with run_dir=…"
         )
     config.write_text(yaml.safe_dump(settings, sort_keys=False))
-    if not path.is_file():
+    if not path.exists():
         return None
     print(f"resuming the interrupted run in {run_dir}", flush=True)
     return str(path)
@@ -192,17 +193,9 @@ def build_trainer(cfg: DictConfig, settings: Any, callbacks: list[L.Callback]) -
     """Lightning's Trainer as configured."""
     run_dir = Path(cfg.run_dir)
     logger = instantiate(cfg.logger)(run_dir=run_dir, name=run_dir.name, config=settings)
-    saving = [
-        ModelCheckpoint(
-            run_dir,
-            filename=Path(RESUME).stem,
-            train_time_interval=timedelta(minutes=cfg.save_minutes),
-            enable_version_counter=False,
-        ),
-        StopBetweenSteps(run_dir / RESUME),
-    ]
     return instantiate(cfg.trainer, precision=precision(cfg))(
         logger=logger if logger is not None else False,
-        callbacks=[*callbacks, *saving],
+        callbacks=[*callbacks, SaveToResume(run_dir / RESUME, cfg.save_minutes)],
+        enable_checkpointing=False,  # Lightning's own, which does not save by the clock in manual optimisation
         default_root_dir=run_dir,
     )

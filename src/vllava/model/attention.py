@@ -43,6 +43,7 @@ def packed_attention(
     max_length_q: int | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """query [B, heads, T, d], key and value [B, key heads, T, d] to [B, T, heads, d]; B is 1 for a packed row.
@@ -60,26 +61,35 @@ def packed_attention(
         query, key, value = query.float(), key.float(), value.float()
         with torch.autocast("cpu", enabled=False):
             out, _ = packed_attention(
-                *(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q, scaling, sliding_window),
+                *(module, query, key, value, attention_mask, cu_seq_lens_q, max_length_q),
+                *(scaling, sliding_window, dropout),
                 **kwargs,
             )
         return out.to(dtype), None
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if HAS_FLASH and query.is_cuda and half:
+    if HAS_FLASH and query.is_cuda and half and not dropout:
         return flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
-    return by_segment(query, key, value, cu_seq_lens_q, scaling, sliding_window), None
+    return by_segment(query, key, value, cu_seq_lens_q, scaling, sliding_window, dropout), None
 
 
 def by_segment(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scaling: float | None,
+    window: int | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention within each segment of a row, one call for each; shapes as in `packed_attention`."""
     lengths = cu_seqlens.diff().tolist()
-    grouped = query.shape[1] != key.shape[1]
+    settings: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     segments = [
-        scaled_dot_product_attention(q, k, v, **_causal(q, window), scale=scaling, enable_gqa=grouped)
+        scaled_dot_product_attention(q, k, v, **_causal(q, window), **settings)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(segments, 2).transpose(1, 2)

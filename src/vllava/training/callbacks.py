@@ -52,17 +52,20 @@ class Throughput(L.Callback):
             task.log("supervised_token_share", sum(b.num_supervised for b in packed) / computed)
 
 
-class StopBetweenSteps(L.Callback):
-    """On the first Ctrl-C, finishes the optimiser step under way and saves what is needed to resume, then stops.
+class SaveToResume(L.Callback):
+    """Saves what is needed to resume every few minutes; on the first Ctrl-C, also stops the run, after a whole step.
 
-    A second Ctrl-C stops at once; the run then resumes from its last regular checkpoint.
+    All processes do what one wants: they can only save together, a signal may miss some, and clocks differ.
+    A second Ctrl-C stops at once; the run then resumes from where it was last saved.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, minutes: float) -> None:
         self.path = path
+        self.seconds = 60 * minutes
         self.asked = False
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self.saved = time.monotonic()
         self.previous = signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, *_: Any) -> None:
@@ -70,8 +73,12 @@ class StopBetweenSteps(L.Callback):
         signal.signal(signal.SIGINT, self.previous)
 
     def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
-        if self.asked:
+        due = time.monotonic() - self.saved >= self.seconds
+        stop = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+        if trainer.strategy.reduce_boolean_decision(due or stop, all=False):
             trainer.save_checkpoint(self.path)
+            self.saved = time.monotonic()
+        if stop:
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:

@@ -19,6 +19,7 @@ from transformers import get_cosine_schedule_with_warmup
 from vllava.batch import MediumSpec, Step
 from vllava.errors import UserError
 from vllava.model.sharding import whole_state
+from vllava.training.strategies import DeepSpeed
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class Task(L.LightningModule):
         self.sharded = False
         self.whole: dict[str, Tensor] = {}  # when training has ended, the weights of a model that was shared out
         self.samples_seen = 0  # by this rank, broken ones included
+        self.seed = torch.initial_seed()
 
     def loss_sum(self, batch: Any) -> Tensor:
         """The summed loss of a micro-batch."""
@@ -116,17 +118,21 @@ class Task(L.LightningModule):
     def on_train_end(self) -> None:
         if self.sharded:
             self.whole = whole_state(self.model)
+        elif isinstance(self.trainer.strategy, DeepSpeed):
+            self.whole = self.trainer.strategy.trained_state(self.model)
 
     def trained_weights(self) -> dict[str, Tensor]:
         """What was trained, by the model's names; where the model was shared out, when training has ended."""
         trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        return {name: self.whole[name] for name in trained} if self.sharded else trained
+        return {name: self.whole[name] for name in trained} if self.whole else trained
 
     def on_train_start(self) -> None:
         self.model.train()  # models come from disk in evaluation mode, and Lightning leaves modes as they are
 
     def training_step(self, step: Step, index: int) -> None:
         self._count_broken(step)
+        # Dropout and masks follow from the step alone: a resumed run draws what an undisturbed one would.
+        torch.manual_seed(self.seed + self.global_step * self.trainer.world_size + self.global_rank)
         terms = torch.tensor(float(sum(self.loss_terms(batch) for batch in step.micro_batches)), device=self.device)
         total = self.trainer.strategy.reduce(terms, reduce_op="sum").clamp(min=1)
         loss = torch.zeros((), device=self.device)
@@ -141,18 +147,24 @@ class Task(L.LightningModule):
                 part = part * (self.trainer.world_size / total)
                 self.manual_backward(part)
             loss += part.detach()
-        optimizer: Any = self.optimizers()
-        trained = [p for p in self.parameters() if p.requires_grad]
-        gradient_norm: Any = nn.utils.clip_grad_norm_(trained, self.recipe.clip_norm)
-        if isinstance(gradient_norm, DTensor):
-            gradient_norm = gradient_norm.full_tensor()
-        optimizer.step()
-        optimizer.zero_grad()
+        gradient_norm = self._clip_and_step()
         scheduler: Any = self.lr_schedulers()
         self.log("lr", scheduler.get_last_lr()[0], prog_bar=True)
         scheduler.step()
         self.log("loss", self.trainer.strategy.reduce(loss, reduce_op="mean"), prog_bar=True)
         self.log("gradient_norm", gradient_norm)
+
+    def _clip_and_step(self) -> Any:
+        """Take the optimiser's step; returns the norm that the gradient had before it was clipped."""
+        optimizer: Any = self.optimizers()
+        if isinstance(self.trainer.strategy, DeepSpeed):
+            optimizer.step()
+            return self.trainer.strategy.deepspeed_engine.get_global_grad_norm()
+        trained = [p for p in self.parameters() if p.requires_grad]
+        norm: Any = nn.utils.clip_grad_norm_(trained, self.recipe.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint to resume from holds trained weights only."""
