@@ -6,7 +6,9 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from vllava.conversation import Message
@@ -14,7 +16,7 @@ from vllava.data.build import conversation_packer, sample_decoder
 from vllava.data.samples import Medium, Sample, SampleDecoder
 from vllava.data.video import DECODERS
 from vllava.errors import UserError
-from vllava.evaluation.answers import ask
+from vllava.evaluation.answers import ask, encoded
 from vllava.model.checkpoint import load
 from vllava.model.device import best_device
 
@@ -36,18 +38,22 @@ def answers(
     max_new_tokens: int,
     decoder: str = "auto",
     num_frames: int | None = None,
+    **sampling: Any,
 ) -> Iterator[str]:
-    """Answer questions in one conversation; the media are shown before the first."""
+    """Answer questions in one conversation; the media are shown before the first, and encoded once.
+
+    Greedy, unless `sampling` says otherwise in the words of `transformers`' generation.
+    """
     model, tokenizer, description = load(checkpoint, num_frames)
     model.to(best_device())
     decode = sample_decoder(model.specs, description.image_fit, decoder)
     packer = conversation_packer(model.specs, tokenizer, description.template)
-    shown = [read_medium(kind, path, decode) for kind, path in media]
+    shown = [encoded(model, read_medium(kind, path, decode)) for kind, path in media]
     conversation: list[Message] = []
     for question in questions:
         placeholders = "".join(f"<{medium.kind}>\n" for medium in shown) if not conversation else ""
         conversation.append({"from": "human", "value": placeholders + question})
-        answer = ask(model, packer, [Sample("chat", conversation, shown)], max_new_tokens)[0]
+        answer = ask(model, packer, [Sample("chat", conversation, shown)], max_new_tokens, **sampling)[0]
         conversation.append({"from": "gpt", "value": answer})
         yield answer
 
@@ -83,13 +89,30 @@ def main(arguments: list[str] | None = None) -> int:
         "--decoder", default="auto", choices=("auto", *DECODERS), help="of videos (default: %(default)s)"
     )
     parser.add_argument("--num-frames", type=int, help="of a video (default: as in training)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="of sampling; 0 takes the likeliest token (default: %(default)s)"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the tokens that share this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
     parser.set_defaults(media=[])
     options = parser.parse_args(arguments)
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        parser.error("--temperature is at least 0, --top-p above 0 and at most 1")
+    sampling = {}
+    if options.temperature:
+        torch.manual_seed(options.seed)
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     transformers_logging.disable_progress_bar()
     questions = options.question or typed()
     try:
         for answer in answers(
-            options.checkpoint, options.media, questions, options.max_new_tokens, options.decoder, options.num_frames
+            options.checkpoint,
+            options.media,
+            questions,
+            options.max_new_tokens,
+            options.decoder,
+            options.num_frames,
+            **sampling,
         ):
             print(answer, flush=True)
     except UserError as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vllava.conversation import without_media
 from vllava.data.media import Preprocess
 from vllava.data.packing import ConversationPacker, pack
-from vllava.data.samples import Sample, SampleDecoder
+from vllava.data.samples import Medium, Sample, SampleDecoder
 from vllava.data.shards import ShardReader, read_manifest
 from vllava.errors import UserError
 from vllava.model.device import autocast
@@ -63,6 +63,14 @@ def read_samples(folder: str | Path, decoder: SampleDecoder, remedy: str, limit:
             yield decoder(key, members)
         except UserError as error:
             raise UserError(f"{shards[shard].path}:{key}: {error}. An evaluation leaves no sample out.") from error
+
+
+@torch.no_grad()
+def encoded(model: VideoLlava, medium: Medium) -> Medium:
+    """A medium as its encoder sees it, for several questions about it."""
+    device = next(model.parameters()).device
+    with autocast():
+        return Medium(medium.kind, model.encoders[medium.kind](medium.pixels[None].to(device))[0].cpu())
 
 
 def ask(
