@@ -93,8 +93,10 @@ def test_memory_follows_the_trainer():
     assert zero2["gradients"] == 2 * learnt / 8 and zero2["optimizer"] == 12 * learnt / 8
     assert offload.memory["optimizer"] == 0 and offload.host_memory == zero2["optimizer"]
     assert fsdp["optimizer"] == learnt and fsdp["weights"] < alone["weights"] / 4
-    first = planned("+experiment=stage1", SEVEN_B, "trainer=ddp").memory
-    assert first["optimizer"] == 8 * 20_979_712
+    first = planned("+experiment=stage1", SEVEN_B, "trainer=ddp")
+    assert first.memory["optimizer"] == 8 * 20_979_712
+    frozen = sum(first.parameters.values()) - 20_979_712
+    assert first.memory["weights"] == 2 * frozen + 6 * 20_979_712
 
 
 def test_the_command_prints_the_arithmetic_and_the_verdict(capsys):

@@ -138,7 +138,8 @@ def train(cfg: DictConfig) -> None:
     if halved or task.whole:
         weights = task.trained_weights()
         task.model = instantiate(cfg.model)  # its frozen weights are what they were
-        task.model.load_state_dict(weights, strict=False)
+        left_over = task.model.load_state_dict(weights, strict=False).unexpected_keys
+        assert not left_over, left_over
     task.export(run_dir / "checkpoint", tokenizer, settings)
     if (run_dir / RESUME).is_dir():  # DeepSpeed's
         shutil.rmtree(run_dir / RESUME)
