@@ -98,4 +98,4 @@ def test_what_is_found_is_written_down(tmp_path, monkeypatch, capsys):
 def test_an_unknown_benchmark_is_refused_with_those_there_are(capsys):
     with pytest.raises(SystemExit):
         main(["speed"])
-    assert "no benchmark is called speed; there are: step, data" in capsys.readouterr().err
+    assert "no benchmark is called speed; there are: step, ablation" in capsys.readouterr().err

@@ -53,6 +53,15 @@ def test_what_is_trained_keeps_its_precision(make_model):
     assert halved(model.llm.model.layers[0]) == halved(model.llm.lm_head) == {torch.bfloat16}
 
 
+def test_quantised_matrices_are_left(make_model):
+    model = make_model()
+    freeze_all_but(model, ["projector"])
+    packed_weight = torch.arange(64, dtype=torch.uint8)
+    model.llm.model.layers[0].mlp.up_proj.weight = nn.Parameter(packed_weight, requires_grad=False)
+    halve_frozen(model)
+    assert torch.equal(model.llm.model.layers[0].mlp.up_proj.weight, packed_weight)
+
+
 def test_a_model_that_is_trained_whole_is_left(make_llm):
     model = VideoLlava(make_llm())
     assert not halve_frozen(model)

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from vllava.data.datamodule import DataModule
 from vllava.data.samples import BROKEN, FEATURES, Sample, SampleDecoder
 from vllava.data.shards import Shard, ShardReader, read_manifest
-from vllava.data.writing import MANIFEST, sha256_of, write_manifest, write_tar
+from vllava.data.writing import MANIFEST, sha256_of, write_json, write_manifest, write_tar
 from vllava.errors import UserError
 from vllava.model.device import best_device
 from vllava.model.video_llava import VideoLlava
@@ -109,8 +109,7 @@ class FeatureWriter:
         path = folder / shard.path.name
         entry = path.with_suffix(".json")
         if not entry.is_file():
-            facts = write_tar(path, self._encoded(shard))
-            entry.write_text(json.dumps(facts) + "\n")
+            write_json(entry, write_tar(path, self._encoded(shard)))
         return json.loads(entry.read_text())
 
     def _encoded(self, shard: Shard) -> Iterator[tuple[str, dict[str, bytes]]]:

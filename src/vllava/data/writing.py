@@ -61,7 +61,11 @@ def _modality(members: dict[str, bytes]) -> str:
 
 def write_manifest(folder: Path, shards: list[dict], settings: dict) -> None:
     """Write the folder's manifest: its shards, and the settings of the preparation that made them."""
-    text = json.dumps({"version": 1, "settings": settings, "shards": shards}, indent=1)
-    unfinished = folder / f"{MANIFEST}.{os.getpid()}.part"
-    unfinished.write_text(text + "\n")
-    os.replace(unfinished, folder / MANIFEST)
+    write_json(folder / MANIFEST, {"version": 1, "settings": settings, "shards": shards})
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, path)

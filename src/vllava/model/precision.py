@@ -20,7 +20,8 @@ def halve_frozen(model: VideoLlava, llm: bool = True) -> bool:
     halved = False
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and id(module.weight) not in embeddings | kept:
-            frozen = [p for p in module.parameters() if not p.requires_grad]
+            # Only float32: a quantised matrix is left as it is.
+            frozen = [p for p in module.parameters() if not p.requires_grad and p.dtype == torch.float32]
             for parameter in frozen:
                 parameter.data = parameter.data.to(torch.bfloat16)
             halved |= bool(frozen)
