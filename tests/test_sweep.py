@@ -1,8 +1,11 @@
 """Sweeps: every combination runs once, in a folder whose name says what it is, also on several devices."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from shard_fixtures import ROOT
@@ -11,11 +14,16 @@ from data_prep.toy import make
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
-    """A function that runs a sweep on a small world and returns its folder and what it printed."""
-    world = tmp_path_factory.mktemp("world")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
     for split in ("stage1", "stage2", "eval"):
-        make(split, world, seed=0, scale=0.005, processes=2)
+        make(split, folder, seed=0, scale=0.005, processes=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sweep(world, tmp_path_factory):
+    """A function that runs a sweep on a small world and returns its folder and what it printed."""
 
     def run(*arguments):
         runs = tmp_path_factory.mktemp("runs")
@@ -64,3 +72,32 @@ def test_a_sweep_stops_at_a_run_that_lacks_its_projector(sweep):
     runs, done = sweep("+experiment=stage2", "+ablation=image_only,video_only")
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert f"{runs}/stage1-image_only-s1/checkpoint/projector.safetensors" in done.stderr
+
+
+def test_an_interrupted_chain_goes_on_with_the_part_it_was_in(world, tmp_path):
+    command = [sys.executable, "train.py", "+experiment=full", f"world={world}", f"run_dir={tmp_path}", "logger=none"]
+    second = tmp_path / "stage2-united-s1"
+    running = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (second / "history.jsonl").is_file() and running.poll() is None:
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGINT)  # as Ctrl-C does: the chain and the run in it
+    _, told = running.communicate(timeout=60)
+    assert running.returncode == 1 and "stage2 failed or was stopped" in told and "Traceback" not in told
+    assert (second / "resume.ckpt").is_file() and not (second / "checkpoint").exists()
+
+    first = (tmp_path / "stage1-united-s1" / "metrics.json").stat().st_mtime_ns
+    other = subprocess.run([*command, "seed=2"], cwd=ROOT, capture_output=True, text=True)
+    assert other.returncode == 1 and "unfinished chain" in other.stderr and "Traceback" not in other.stderr
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "stage1: was done already" in again.stdout and "resuming the interrupted run" in again.stdout
+    assert (tmp_path / "stage1-united-s1" / "metrics.json").stat().st_mtime_ns == first
+    assert set(json.loads((tmp_path / "metrics.json").read_text())["seconds"]) == {
+        "stage1",
+        "stage2",
+        "evaluate",
+        "total",
+    }
+    assert not (tmp_path / "unfinished.json").exists()

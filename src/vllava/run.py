@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning_utilities.core.imports import RequirementCache
 from omegaconf import DictConfig, OmegaConf
 
 from vllava.config import check, run_name
+from vllava.data.writing import write_json
 from vllava.errors import UserError
 from vllava.evaluation.preview import Preview
 from vllava.evaluation.report import write_report
@@ -36,6 +38,7 @@ from vllava.training.loggers import log_samples
 from vllava.training.task import Task
 
 RESUME = "resume.ckpt"  # in a run's folder while it is unfinished
+CHAIN = "unfinished.json"  # in a chain's folder while it is: what is done
 
 
 def run(cfg: DictConfig) -> None:
@@ -74,8 +77,13 @@ def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> float:
     given = [override for override in HydraConfig.get().overrides.task if not override.startswith(ours)]
     started = time.time()
     command = [sys.executable, sys.argv[0], f"+experiment={experiment}", *given, *changes, quoted("run_dir", run_dir)]
-    if subprocess.run(command).returncode != 0:
-        raise UserError(f"{experiment} failed (see above). Its folder: {run_dir}.")
+    process = subprocess.Popen(command)
+    while process.returncode is None:
+        # Ctrl-C at the terminal reaches the run as well, which saves what it needs to resume: wait for it.
+        with suppress(KeyboardInterrupt):
+            process.wait()
+    if process.returncode != 0:
+        raise UserError(f"{experiment} failed or was stopped (see above). Its folder: {run_dir}.")
     return round(time.time() - started, 1)
 
 
@@ -85,18 +93,41 @@ def quoted(key: str, path: str | Path) -> str:
 
 
 def run_chain(cfg: DictConfig) -> None:
-    """Run the experiments of a chain one after the other, each in a folder of its own below the run's."""
+    """Run the experiments of a chain one after the other, each in a folder of its own below the run's.
+
+    Started again with the same overrides, an unfinished chain goes on with the part it was in. Raises UserError if
+    they are others.
+    """
     folder = Path(cfg.run_dir)
-    seconds = {}
+    overrides = sorted(HydraConfig.get().overrides.task)
+    seconds = done_parts(folder, overrides)
     for experiment in cfg.chain:
         part = folder / run_name(experiment, cfg.ablation, cfg.seed)
+        if experiment in seconds:
+            print(f"{experiment}: was done already, in {part}", flush=True)
+            continue
         seconds[experiment] = run_apart(experiment, part, quoted("runs", folder))
+        write_json(folder / CHAIN, {"overrides": overrides, "seconds": seconds})
     last = json.loads((part / "metrics.json").read_text())
     seconds["total"] = round(sum(seconds.values()), 1)
     (folder / "metrics.json").write_text(json.dumps({**last, "seconds": seconds}, indent=1) + "\n")
     if (part / "report.html").is_file():
         shutil.copy(part / "report.html", folder / "report.html")
+    (folder / CHAIN).unlink()
     print(f"{cfg.experiment}: done in {seconds['total']:.0f} s; figures and report in {folder}")
+
+
+def done_parts(folder: Path, overrides: list[str]) -> dict[str, float]:
+    """The seconds of each part that an unfinished chain has done; raises UserError if its overrides were others."""
+    if not (folder / CHAIN).is_file():
+        return {}
+    found = json.loads((folder / CHAIN).read_text())
+    if found["overrides"] != overrides:
+        raise UserError(
+            f"{folder} holds an unfinished chain that was started with {' '.join(found['overrides'])}. Start that one "
+            f"again to end it, delete {folder / CHAIN} to give it up, or choose another folder with run_dir=…"
+        )
+    return found["seconds"]
 
 
 def require_cuda_for_deepspeed(cfg: DictConfig) -> None:
