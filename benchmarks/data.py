@@ -108,7 +108,7 @@ def run(repeats: int, bf16: bool) -> list[dict]:
 
 def _read(folder: Path) -> Callable[[], object]:
     """Everything a worker does: read, decode, resize, normalise, tokenise, pack."""
-    data = conversation_data(SPECS, load_tokenizer(TOKENIZER), {"video": {"": str(folder)}}, ["video"], SAMPLES, seed=0)
+    data = conversation_data(SPECS, load_tokenizer(TOKENIZER), {"video": [str(folder)]}, ["video"], SAMPLES, seed=0)
     dataset = ShardDataset(data.shards, data.decode, data.assembler, open_shards=1)
     rows = np.array([(0, index) for index in range(SAMPLES)])
 
@@ -151,7 +151,7 @@ def stalls(bf16: bool, steps: int = 12) -> list[dict]:
     for videos in ("prepared frames", "raw video"):
         model, _ = build(Geometry())
         with tempfile.TemporaryDirectory() as root:
-            sources = {"image": {"": f"{root}/images"}, "video": {"": f"{root}/videos"}}
+            sources = {"image": [f"{root}/images"], "video": [f"{root}/videos"]}
             kinds = Kinds()
             kinds.write("images", Path(root) / "images", steps * counts["image"])
             kinds.write(videos, Path(root) / "videos", steps * counts["video"])

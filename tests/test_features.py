@@ -31,16 +31,16 @@ def sources(tmp_path_factory):
     write_source(root / "images", images, per_shard=15)
     write_source(root / "videos", [video_sample(f"video{i}", shade=30 * i) for i in range(5)], per_shard=3)
     write_source(root / "text", [text_sample(f"text{i}") for i in range(3)], per_shard=3)
-    return {kind: {"test": str(root / kind)} for kind in ("images", "videos", "text")}
+    return {kind: root / kind for kind in ("images", "videos", "text")}
 
 
 @pytest.fixture
 def world(sources, tmp_path):
     """A copy of the shards, to which nothing was added yet."""
     copied = {}
-    for kind, named in sources.items():
-        shutil.copytree(named["test"], tmp_path / kind)
-        copied[kind.removesuffix("s")] = {"test": str(tmp_path / kind)}
+    for kind, folder in sources.items():
+        shutil.copytree(folder, tmp_path / kind)
+        copied[kind.removesuffix("s")] = [str(tmp_path / kind)]
     return copied
 
 

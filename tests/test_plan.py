@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from shard_fixtures import image_sample, video_sample, write_source
 from torch.utils.flop_counter import FlopCounterMode
 
 from vllava import plan
@@ -109,9 +110,18 @@ def test_the_command_prints_the_arithmetic_and_the_verdict(capsys):
     assert json.loads(capsys.readouterr().out)["tokens"] == {"image": 256, "video": 2056}
 
 
+def test_samples_may_be_counted_in_the_shards(tmp_path, capsys):
+    write_source(tmp_path / "images", [image_sample(f"i{i}") for i in range(3)], per_shard=2)
+    write_source(tmp_path / "videos", [video_sample(f"v{i}") for i in range(2)], per_shard=2)
+    sources = [f"data.sources.{kind}=[{tmp_path}/{kind}s]" for kind in ("image", "video")]
+    plan.main(["+experiment=stage1", SEVEN_B, *sources, "--shards", "--json"])
+    assert json.loads(capsys.readouterr().out)["samples"] == {"image": 3, "video": 2}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["+experiment=stage1", "world=/nowhere", "--shards"], "no shards at /nowhere"),
         (["+experiment=stage3"], "stage3"),
         (["+experiment=evaluate"], "a plan is for a stage"),
         (["+experiment=stage1", "model=nothing"], "nothing"),

@@ -41,9 +41,9 @@ def world(tmp_path_factory):
 def data_of(root, tokenizer, **changes):
     given = {
         "sources": {
-            "image": {"a": str(root / "images")},
-            "video": {"a": str(root / "videos")},
-            "text": {"a": str(root / "text")},
+            "image": [str(root / "images")],
+            "video": [str(root / "videos")],
+            "text": [str(root / "text")],
         },
         "modalities": ["image", "video", "text"],
         "global_batch": GLOBAL_BATCH,
@@ -202,7 +202,12 @@ def test_an_unknown_modality_is_an_error(world, tokenizer):
 
 def test_no_source_for_any_wanted_modality_is_an_error(world, tokenizer):
     with pytest.raises(UserError, match="sources"):
-        data_of(world[0], tokenizer, sources={"image": {"a": str(world[0] / "images")}}, modalities=["video"])
+        data_of(world[0], tokenizer, sources={"image": [str(world[0] / "images")]}, modalities=["video"])
+
+
+def test_a_source_that_is_no_list_of_folders_is_an_error(world, tokenizer):
+    with pytest.raises(UserError, match=r"data\.sources\.image is a list of folders"):
+        data_of(world[0], tokenizer, sources={"image": {"mine": str(world[0] / "images")}})
 
 
 def test_caption_batches_pair_each_medium_with_its_own_caption(tmp_path, tokenizer):
@@ -211,7 +216,7 @@ def test_caption_batches_pair_each_medium_with_its_own_caption(tmp_path, tokeniz
         (f"k{i}", {"conversations": talk(answer=f"a {words[i]}")}, [("jpg", jpeg(50 * i))]) for i in range(len(words))
     ]
     write_source(tmp_path / "s", samples, per_shard=2)
-    data = caption_data(SPECS, tokenizer, {"image": {"a": str(tmp_path / "s")}}, ["image"], 5, seed=0, workers=0)
+    data = caption_data(SPECS, tokenizer, {"image": [str(tmp_path / "s")]}, ["image"], 5, seed=0, workers=0)
     [step] = epoch(data)
     [batch] = step.micro_batches
     shades = (batch.pixels.mean((1, 2, 3)) - batch.pixels.mean((1, 2, 3)).min()).tolist()
@@ -250,7 +255,7 @@ def test_a_broken_sample_is_reported_and_the_others_survive(tmp_path, tokenizer,
     make, reason = BROKEN[name]
     samples = [text_sample("good1"), make("bad"), text_sample("good2")]
     write_source(tmp_path / "s", samples, per_shard=3)
-    data = data_of(tmp_path, tokenizer, sources={"text": {"a": str(tmp_path / "s")}}, global_batch=3)
+    data = data_of(tmp_path, tokenizer, sources={"text": [str(tmp_path / "s")]}, global_batch=3)
     [step] = epoch(data)
     assert sorted(keys_of(step)) == ["good1", "good2"]
     assert step.samples == 3
@@ -264,7 +269,7 @@ def the_step_of(folder, members, tokenizer):
     folder.mkdir()
     write_tar(folder / "a.tar", members)
     write_plain_manifest(folder, {"a.tar": 1})
-    [step] = epoch(data_of(folder, tokenizer, sources={"text": {"a": str(folder)}}))
+    [step] = epoch(data_of(folder, tokenizer, sources={"text": [str(folder)]}))
     return step
 
 
@@ -298,7 +303,7 @@ def test_broken_samples_are_not_replaced_and_reach_the_step_from_a_worker(tmp_pa
     bad = [BROKEN["an empty picture"][0](f"bad{i:02d}") for i in range(6)]
     mixed = [sample for pair in zip(good[:6], bad, strict=True) for sample in pair] + good[6:]
     write_source(tmp_path / "s", mixed, per_shard=7)
-    data = data_of(tmp_path, tokenizer, sources={"text": {"a": str(tmp_path / "s")}}, global_batch=5, workers=2)
+    data = data_of(tmp_path, tokenizer, sources={"text": [str(tmp_path / "s")]}, global_batch=5, workers=2)
     steps = epoch(data)
     assert Counter(key for step in steps for key in keys_of(step)) == Counter(key for key, _, _ in good)
     assert sorted(key.split(":")[-1] for step in steps for key, _ in step.broken) == [key for key, _, _ in bad]
@@ -308,7 +313,7 @@ def test_broken_samples_are_not_replaced_and_reach_the_step_from_a_worker(tmp_pa
 
 def test_a_step_of_broken_samples_alone_has_no_micro_batch(tmp_path, tokenizer):
     write_source(tmp_path / "s", [BROKEN["no answer"][0](f"bad{i}") for i in range(3)], per_shard=3)
-    [step] = epoch(data_of(tmp_path, tokenizer, sources={"text": {"a": str(tmp_path / "s")}}))
+    [step] = epoch(data_of(tmp_path, tokenizer, sources={"text": [str(tmp_path / "s")]}))
     assert step.micro_batches == [] and len(step.broken) == step.samples == 3
 
 
@@ -317,5 +322,5 @@ def test_a_damaged_shard_stops_the_stream_with_its_name(tmp_path, tokenizer):
     path = tmp_path / "s" / "00000.tar"
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(UserError) as error:
-        epoch(data_of(tmp_path, tokenizer, sources={"text": {"a": str(tmp_path / "s")}}, workers=1))
+        epoch(data_of(tmp_path, tokenizer, sources={"text": [str(tmp_path / "s")]}, workers=1))
     assert str(path) in error.value.paragraph and "Traceback" not in error.value.paragraph

@@ -41,7 +41,7 @@ def use_features(data: DataModule, model: VideoLlava, encoders: dict[str, Any], 
     writer = FeatureWriter(model, data.decode, encoders, half, data.workers)
     data.shards = [
         shard
-        for folder in data.sources.values()
+        for folder in data.sources
         for shard in read_manifest(writer.write(Path(folder), data.remedy), data.remedy)
     ]
 

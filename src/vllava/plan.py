@@ -20,6 +20,7 @@ from omegaconf import OmegaConf, open_dict
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, PreTrainedConfig, ViTMAEConfig
 
 from vllava.config import CONF, check, register_resolvers
+from vllava.data.shards import read_manifest
 from vllava.errors import UserError
 from vllava.model.encoders import depth_of, vision_config
 from vllava.model.files import Checkpoint
@@ -249,6 +250,15 @@ def _recipe(settings: dict[str, Any]) -> dict[str, Any]:
     return settings.get("recipes", {}).get(settings["experiment"].removesuffix("_lora"), {})
 
 
+def counted(data: dict[str, Any]) -> dict[str, int]:
+    """The samples of each modality in a configuration's shards; raises UserError where there are none."""
+    return {
+        kind: sum(shard.samples for folder in folders for shard in read_manifest(folder, data["remedy"]))
+        for kind, folders in data["sources"].items()
+        if kind in data["modalities"]
+    }
+
+
 def configured(overrides: list[str]) -> dict[str, Any]:
     """The resolved configuration of a command line; raises UserError for a mistake in it."""
     register_resolvers()
@@ -273,10 +283,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpu", choices=GPUS, default="a100-80g", help="default: %(default)s")
     parser.add_argument("--gpus", type=int, default=8, help="how many (default: %(default)s)")
     parser.add_argument("--utilisation", type=float, default=0.5, help="share of the peak (default: %(default)s)")
+    parser.add_argument(
+        "--shards", action="store_true", help="count the samples in data.sources, instead of taking the recipe's"
+    )
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
     options = parser.parse_args(arguments)
     try:
         settings = configured(options.overrides)
+        if options.shards:
+            _recipe(settings)["samples"] = counted(settings["data"])
         plan = make(settings, options.gpus)
     except UserError as error:
         sys.exit(f"error: {error.paragraph}")

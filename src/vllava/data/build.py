@@ -18,12 +18,15 @@ MODALITIES = ("image", "video", "text")
 FEATURES = ("online", "cache")
 
 
-def _chosen(sources: dict[str, dict[str, str]], modalities: list[str]) -> dict[str, str]:
-    """The folders of the wanted modalities, by "modality/name"."""
+def _chosen(sources: dict[str, list[str]], modalities: list[str]) -> list[str]:
+    """The folders of the wanted modalities."""
     unknown = sorted((set(modalities) | set(sources)) - set(MODALITIES))
     if unknown:
         raise UserError(f"No modality is called {', '.join(unknown)}; there are: {', '.join(MODALITIES)}.")
-    return {f"{kind}/{name}": folder for kind in modalities for name, folder in sources.get(kind, {}).items()}
+    for kind, folders in sources.items():
+        if not isinstance(folders, list):
+            raise UserError(f"data.sources.{kind} is a list of folders: data.sources.{kind}=[FOLDER, …]")
+    return [folder for kind in modalities for folder in sources.get(kind, [])]
 
 
 def conversation_packer(
@@ -41,7 +44,7 @@ def sample_decoder(specs: Specs, image_fit: str = "crop", decoder: str = "auto")
 def conversation_data(
     specs: Specs,
     tokenizer: Any,
-    sources: dict[str, dict[str, str]],
+    sources: dict[str, list[str]],
     modalities: list[str],
     global_batch: int,
     seed: int,
@@ -58,7 +61,7 @@ def conversation_data(
 ) -> DataModule:
     """Conversations in packed micro-batches, for the stages and for training a language model.
 
-    sources: modality -> name -> folder of shards; only `modalities` are used. num_frames: frames of a video, which
+    sources: modality -> folders of shards; only `modalities` are used. num_frames: frames of a video, which
     the video encoder decides; raises UserError if it takes another number. features: "online" or "cache", see
     vllava.features. See DataModule, ConversationPacker,
     Preprocess and SampleDecoder for the other settings.
@@ -86,7 +89,7 @@ def conversation_data(
 def caption_data(
     specs: Specs,
     tokenizer: Any,
-    sources: dict[str, dict[str, str]],
+    sources: dict[str, list[str]],
     modalities: list[str],
     global_batch: int,
     seed: int,

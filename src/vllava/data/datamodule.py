@@ -71,7 +71,7 @@ class GlobalBatchSampler(Sampler):
 class DataModule(L.LightningDataModule):
     """Streams the training shards of several sources, mixed, each sample once per epoch.
 
-    sources: folders of shards (name -> path); remedy: the sentence that ends a missing-shards error;
+    sources: folders of shards; remedy: the sentence that ends a missing-shards error;
     global_batch: samples per optimiser step, over all devices; workers: loader processes (-1: cores - 1, at most 8);
     shuffle_window: shards mixed at a time; wants_features: whether what encoders make of the media is to be read
     instead of the media, see vllava.features.
@@ -79,7 +79,7 @@ class DataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        sources: dict[str, str],
+        sources: list[str],
         decode: Decoder,
         assembler: Assembler,
         global_batch: int,
@@ -93,7 +93,7 @@ class DataModule(L.LightningDataModule):
         if not sources:
             raise UserError("data.sources is empty: name at least one folder of shards.")
         self.sources, self.remedy = sources, remedy
-        self.shards = [shard for folder in sources.values() for shard in read_manifest(folder, remedy)]
+        self.shards = [shard for folder in sources for shard in read_manifest(folder, remedy)]
         self.decode, self.assembler = decode, assembler
         self.wants_features = wants_features
         self.global_batch, self.seed, self.shuffle_window = global_batch, seed, shuffle_window

@@ -42,7 +42,7 @@ def _embed(encoder: LanguageBind, kind: str, folder: Path, tokenizer_path: Path)
     data = caption_data(
         {kind: MediumSpec(size, 0, _FRAMES if kind == "video" else 1)},
         load_tokenizer(str(tokenizer_path)),
-        {kind: {"held-out": str(folder)}},
+        {kind: [str(folder)]},
         [kind],
         global_batch=128,
         seed=0,
@@ -66,7 +66,7 @@ def perplexity(llm_path: Path, folder: Path) -> float:
     """exp(mean loss) over the answers' tokens of held-out text."""
     model = video_llava(load_llm(str(llm_path))).eval()
     tokenizer = load_tokenizer(str(llm_path))
-    sources = {"text": {"held-out": str(folder)}}
+    sources = {"text": [str(folder)]}
     data = conversation_data({}, tokenizer, sources, ["text"], global_batch=64, seed=0, workers=0, remedy=_REMEDY)
     batches = [batch for step in data.train_dataloader() for batch in step.micro_batches]
     total = sum(float(model.loss_sum(batch)) for batch in batches)
