@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.parts or [name for name in PARTS if name != "gpu"]:
         part = PARTS[name]
         rows = part.run(options.repeats, options.bf16)
+        if not rows:
+            continue
         found = {
             "what": part.HEADER,
             "machine": machine,

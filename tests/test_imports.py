@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "evaluation": {"batch", "errors", "conversation", "data", "model"},
 }
 HYDRA = {"hydra", "omegaconf"}
-MAY_USE_HYDRA = {"config.py", "plan.py", "run.py"}
+MAY_USE_HYDRA = {"chain.py", "config.py", "plan.py", "run.py"}
 
 
 def imported_modules(code, package="vllava"):

@@ -1,0 +1,83 @@
+"""Runs in processes of their own: the parts of a chain, and each run of a sweep."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from vllava.config import run_name
+from vllava.data.writing import write_json
+from vllava.errors import UserError
+
+CHAIN = "unfinished.json"  # in a chain's folder while it is: what is done
+
+
+def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> float:
+    """Run one experiment in a process of its own, with the overrides of this run and `changes`; returns the seconds.
+
+    A process each keeps memory apart, and lets a run of a sweep start a process for each device: Lightning starts
+    those by repeating the command line, which would be the whole sweep's.
+    """
+    ours = ("+experiment=", "experiment=", "run_dir=")
+    given = [override for override in HydraConfig.get().overrides.task if not override.startswith(ours)]
+    started = time.time()
+    command = [sys.executable, sys.argv[0], f"+experiment={experiment}", *given, *changes, quoted("run_dir", run_dir)]
+    process = subprocess.Popen(command)
+    while process.returncode is None:
+        # Ctrl-C at the terminal reaches the run as well, which saves what it needs to resume: wait for it.
+        with suppress(KeyboardInterrupt):
+            process.wait()
+    if process.returncode != 0:
+        raise UserError(f"{experiment} failed or was stopped (see above). Its folder: {run_dir}.")
+    return round(time.time() - started, 1)
+
+
+def quoted(key: str, path: str | Path) -> str:
+    """An override whose value may hold characters that mean something to Hydra: a run's name has `=` and `,`."""
+    return f"{key}='{path}'"
+
+
+def run_chain(cfg: DictConfig) -> None:
+    """Run the experiments of a chain one after the other, each in a folder of its own below the run's.
+
+    Started again with the same overrides, an unfinished chain goes on with the part it was in. Raises UserError if
+    they are others.
+    """
+    folder = Path(cfg.run_dir)
+    overrides = sorted(HydraConfig.get().overrides.task)
+    seconds = done_parts(folder, overrides)
+    for experiment in cfg.chain:
+        part = folder / run_name(experiment, cfg.ablation, cfg.seed)
+        if experiment in seconds:
+            print(f"{experiment}: was done already, in {part}", flush=True)
+            continue
+        seconds[experiment] = run_apart(experiment, part, quoted("runs", folder))
+        write_json(folder / CHAIN, {"overrides": overrides, "seconds": seconds})
+    last = json.loads((part / "metrics.json").read_text())
+    seconds["total"] = round(sum(seconds.values()), 1)
+    (folder / "metrics.json").write_text(json.dumps({**last, "seconds": seconds}, indent=1) + "\n")
+    if (part / "report.html").is_file():
+        shutil.copy(part / "report.html", folder / "report.html")
+    (folder / CHAIN).unlink()
+    print(f"{cfg.experiment}: done in {seconds['total']:.0f} s; figures and report in {folder}")
+
+
+def done_parts(folder: Path, overrides: list[str]) -> dict[str, float]:
+    """The seconds of each part that an unfinished chain has done; raises UserError if its overrides were others."""
+    if not (folder / CHAIN).is_file():
+        return {}
+    found = json.loads((folder / CHAIN).read_text())
+    if found["overrides"] != overrides:
+        raise UserError(
+            f"{folder} holds an unfinished chain that was started with {' '.join(found['overrides'])}. Start that one "
+            f"again to end it, delete {folder / CHAIN} to give it up, or choose another folder with run_dir=…"
+        )
+    return found["seconds"]
