@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vllava.batch import IGNORE_INDEX
 from vllava.conversation import PLACEHOLDER_IDS, TEMPLATES, encode, end_of_turn, template, without_media
+from vllava.data.build import conversation_packer
 from vllava.errors import UserError
 
 SYSTEM = (
@@ -138,6 +139,9 @@ def test_chat_template_that_loses_an_answer_or_its_end_is_refused(tokenizer):
         encode(turns("One?", "Two.", "Three?", "Four."), changed, TEMPLATES["chat"])
     with pytest.raises(UserError, match=r"no special token.*where to stop"):
         encode(turns("One?", "Two."), with_chat_template(tokenizer, ENDLESS), TEMPLATES["chat"])
+    for unfit in (FORGETS_ANSWERS, ENDLESS):  # and before there is any data
+        with pytest.raises(UserError, match="chat template"):
+            conversation_packer({}, with_chat_template(tokenizer, unfit), "chat")
 
 
 def test_a_turn_ends_with_the_token_its_template_taught(chat_tokenizer):

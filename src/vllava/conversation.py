@@ -173,8 +173,11 @@ def encode(conversation: Sequence[Message], tokenizer: Any, template: Template) 
 
 
 def end_of_turn(tokenizer: Any, template: Template) -> int:
-    """The token with which a model that learned from this template ends an answer."""
-    probe = encode([{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}], tokenizer, template)
+    """The token with which a model that learned from this template ends an answer.
+
+    Raises UserError where the template cannot write a conversation of two rounds.
+    """
+    probe = encode([{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}] * 2, tokenizer, template)
     return next(label for label in reversed(probe.labels) if label != IGNORE_INDEX)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllava.batch import MediumSpec
+from vllava.conversation import end_of_turn
 from vllava.conversation import template as find_template
 from vllava.data.datamodule import DataModule
 from vllava.data.media import Preprocess
@@ -32,8 +33,10 @@ def _chosen(sources: dict[str, list[str]], modalities: list[str]) -> list[str]:
 def conversation_packer(
     specs: Specs, tokenizer: Any, template: str = "vicuna_v1", max_length: int = 3072, token_budget: int = 8192
 ) -> ConversationPacker:
-    """The packer of a template's name."""
-    return ConversationPacker(tokenizer, find_template(template), specs, token_budget, max_length)
+    """The packer of a template's name; raises UserError where the tokenizer's own template is asked for and unfit."""
+    found = find_template(template)
+    end_of_turn(tokenizer, found)
+    return ConversationPacker(tokenizer, found, specs, token_budget, max_length)
 
 
 def sample_decoder(specs: Specs, image_fit: str = "crop", decoder: str = "auto") -> SampleDecoder:
