@@ -80,7 +80,8 @@ def test_an_interrupted_chain_goes_on_with_the_part_it_was_in(world, tmp_path):
     running = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not (second / "history.jsonl").is_file() and running.poll() is None:
+    history = second / "history.jsonl"
+    while not (history.is_file() and history.read_text()) and running.poll() is None:  # until a step is done
         time.sleep(0.02)
     os.killpg(running.pid, signal.SIGINT)  # as Ctrl-C does: the chain and the run in it
     _, told = running.communicate(timeout=60)
