@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
@@ -16,12 +17,13 @@ from transformers import VideoLlavaForConditionalGeneration as Port
 
 from vllava.batch import IGNORE_INDEX, Batch, Step
 from vllava.conversation import PLACEHOLDER_IDS
-from vllava.data.packing import PackedSample, pack
+from vllava.data.packing import PackedSample, pack_rows
 from vllava.data.samples import Medium
 from vllava.model.build import load_tokenizer
 from vllava.model.checkpoint import load
 from vllava.model.formats import MEDIA_TOKENS, read_port, write_ours
 from vllava.model.video_llava import VideoLlava
+from vllava.run import quiet
 
 TOKENIZER = "assets/tokenizer"
 PAPER_IMAGE_TOKENS = 256  # text lengths are scaled by what the small encoder gives for it
@@ -158,12 +160,23 @@ def padded(port: Port, samples: list[PackedSample]) -> dict[str, Tensor]:
 
 def packed(samples: list[PackedSample], token_budget: int = 8192) -> list[Batch]:
     """The samples in rows of at most `token_budget` tokens, as training packs them."""
-    rows: list[list[PackedSample]] = [[]]
-    for sample in samples:
-        if rows[-1] and sum(map(len, rows[-1])) + len(sample) > token_budget:
-            rows.append([])
-        rows[-1].append(sample)
-    return [pack(row) for row in rows]
+    return pack_rows(samples, token_budget)
+
+
+def bare_trainer(callbacks: list[L.Callback], bf16: bool = False, **settings: Any) -> L.Trainer:
+    """Lightning's Trainer on the CPU for one epoch, without what a benchmark has no use for."""
+    quiet("ERROR")
+    return L.Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed" if bf16 else "32-true",
+        max_epochs=1,
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
 
 
 def repeated(step: Step, times: int) -> DataLoader:

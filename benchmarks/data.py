@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -15,7 +13,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from benchmarks.contenders import MIXTURES, TOKENIZER, Geometry, build
+from benchmarks.contenders import MIXTURES, TOKENIZER, Geometry, bare_trainer, build
 from benchmarks.timing import take_turns, timed
 from data_prep.shards import write_manifest, write_shard
 from data_prep.toy_render import encode_jpeg, encode_mp4
@@ -143,9 +141,6 @@ class _Waits(L.Callback):
 
 def stalls(bf16: bool, steps: int = 12) -> list[dict]:
     """Rows of the share of a step that waits for one loader process, for stage 1 at the small size."""
-    warnings.filterwarnings("ignore", module="lightning")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     counts = MIXTURES["stage1"].counts
     rows = []
     for videos in ("prepared frames", "raw video"):
@@ -165,17 +160,7 @@ def stalls(bf16: bool, steps: int = 12) -> list[dict]:
                 workers=1,
             )
             waits = _Waits()
-            trainer = L.Trainer(
-                accelerator="cpu",
-                precision="bf16-mixed" if bf16 else "32-true",
-                max_epochs=1,
-                logger=False,
-                callbacks=[Throughput(), waits],
-                log_every_n_steps=1,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
+            trainer = bare_trainer([Throughput(), waits], bf16, log_every_n_steps=1)
             trainer.fit(Stage(model, ["projector"], Recipe(lr=1e-5)), data)
         rows.append({"data": f"stage 1, images and {videos}", "waiting share of a step": median(waits.shares[2:])})
     return rows

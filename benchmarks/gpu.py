@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
-from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 
-from benchmarks.contenders import Mixture, draw, packed, train_only
+from benchmarks.contenders import Loop, Mixture, draw, packed, train_only
+from benchmarks.timing import take_turns, timed
 from vllava.batch import MediumSpec
 from vllava.model.attention import PACKED
 from vllava.model.encoders import Encoder
@@ -109,8 +109,14 @@ def measure(
         model, trained = build(size, stage, device, checkpointing)
         drawn = mixture(plan, 0.3 if stage == "stage1" else 0.5, samples)
         batches = [b.to(device) for b in packed(draw(model, drawn, scale=1.0), TOKEN_BUDGET)]
-        optimizer = torch.optim.AdamW(trained, lr=1e-5)
-        seconds = [_step(model, batches, trained, optimizer, device) for _ in range(1 + repeats)][1:]
+        loop = Loop(model, trained, bf16=True)
+
+        def step() -> None:
+            loop.packed_step(batches)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        seconds = take_turns({stage: timed(step)}, repeats).seconds[stage]
     except torch.OutOfMemoryError:
         return {**row, "result": "out of memory"}
     tokens = sum(len(batch.token_ids) for batch in batches)
@@ -123,21 +129,6 @@ def measure(
         "MFU": flops / median(seconds) / (peak * 1e12) if peak else None,
         "peak memory, GB": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
     }
-
-
-def _step(model: VideoLlava, batches: list, trained: list, optimizer: torch.optim.Optimizer, device) -> float:
-    began = perf_counter()
-    terms = sum(batch.num_supervised for batch in batches)
-    for batch in batches:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model.loss_sum(batch) / terms
-        loss.backward()
-    nn.utils.clip_grad_norm_(trained, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return perf_counter() - began
 
 
 def _name(device: torch.device) -> str:

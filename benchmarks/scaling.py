@@ -17,6 +17,7 @@ from benchmarks.contenders import (
     Geometry,
     Loop,
     Mixture,
+    bare_trainer,
     build,
     draw,
     packed,
@@ -106,18 +107,8 @@ def measure(processes: int) -> None:
     model, _ = build(Geometry())
     samples = draw(model, MIXTURES["stage2"])
     shares = [samples[rank::processes] for rank in range(processes)]
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp_spawn" if processes > 1 else "auto",
-        max_epochs=1,
-        logger=False,
-        callbacks=[_Clock()],
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    strategy = "ddp_spawn" if processes > 1 else "auto"
+    trainer = bare_trainer([_Clock()], devices=processes, strategy=strategy, use_distributed_sampler=False)
     steps = [Step(packed(share), samples=len(share)) for share in shares]
     trainer.fit(Stage(model, ["projector", "llm"], Recipe(lr=1e-5)), _Shares(steps))
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 
 import lightning as L
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.contenders import MIXTURES, TRAINED, Geometry, Loop, build, draw, packed, padded, repeated, train_only
+from benchmarks.contenders import (
+    MIXTURES,
+    TRAINED,
+    Geometry,
+    Loop,
+    bare_trainer,
+    build,
+    draw,
+    packed,
+    padded,
+    repeated,
+    train_only,
+)
 from benchmarks.timing import take_turns, timed
 from vllava.batch import Batch, Step
 from vllava.data.packing import PackedSample, pack
@@ -72,24 +82,12 @@ def in_lightning(model: VideoLlava, parts: list[str], rows: list[Batch], bf16: b
             ends.append(time.perf_counter())
 
     ends: list[float] = []
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
     trained = [part.rstrip(".") for part in parts if part in ("projector", "llm.")]
     step = Step(rows, samples=sum(row.num_samples for row in rows))
 
     def run() -> float:
         ends.clear()
-        trainer = L.Trainer(
-            accelerator="cpu",
-            precision="bf16-mixed" if bf16 else "32-true",
-            max_epochs=1,
-            logger=False,
-            callbacks=[Clock()],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = bare_trainer([Clock()], bf16)
         trainer.fit(Stage(model, trained, Recipe(lr=1e-5)), repeated(step, 1 + STEPS))
         return (ends[-1] - ends[0]) / STEPS
 

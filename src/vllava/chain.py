@@ -63,7 +63,7 @@ def run_chain(cfg: DictConfig) -> None:
         write_json(folder / CHAIN, {"overrides": overrides, "seconds": seconds})
     last = json.loads((part / "metrics.json").read_text())
     seconds["total"] = round(sum(seconds.values()), 1)
-    (folder / "metrics.json").write_text(json.dumps({**last, "seconds": seconds}, indent=1) + "\n")
+    write_json(folder / "metrics.json", {**last, "seconds": seconds})
     if (part / "report.html").is_file():
         shutil.copy(part / "report.html", folder / "report.html")
     (folder / CHAIN).unlink()

@@ -67,6 +67,19 @@ def pack(samples: Sequence[PackedSample]) -> Batch:
     )
 
 
+def pack_rows(samples: Sequence[PackedSample], token_budget: int) -> list[Batch]:
+    """Rows of samples in the given order, each closed before it would exceed the token budget."""
+    batches: list[list[PackedSample]] = []
+    filled = 0
+    for sample in samples:
+        if not batches or filled + len(sample) > token_budget:
+            batches.append([])
+            filled = 0
+        batches[-1].append(sample)
+        filled += len(sample)
+    return [pack(batch) for batch in batches]
+
+
 def _places(ids: Tensor, kind: str) -> Tensor:
     return (ids == PLACEHOLDER_IDS[kind]).nonzero().squeeze(1)
 
@@ -108,15 +121,7 @@ class ConversationPacker:
 
     def collate(self, samples: list[PackedSample]) -> list[Batch]:
         """Micro-batches in the given order, each closed before it would exceed the token budget."""
-        batches: list[list[PackedSample]] = []
-        filled = 0
-        for sample in samples:
-            if not batches or filled + len(sample) > self.token_budget:
-                batches.append([])
-                filled = 0
-            batches[-1].append(sample)
-            filled += len(sample)
-        return [pack(batch) for batch in batches]
+        return pack_rows(samples, self.token_budget)
 
 
 @dataclass(frozen=True)
