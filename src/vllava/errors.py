@@ -1,6 +1,9 @@
-"""The one exception for mistakes a user can mend."""
+"""The one exception for mistakes a user can mend, and the boundary at which a stranger's file is read."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -10,3 +13,26 @@ class UserError(Exception):
     def paragraph(self) -> str:
         """The message alone, also where a data worker has wrapped it in its traceback."""
         return str(self).rsplit("UserError: ", 1)[-1].strip()
+
+
+@contextmanager
+def reading(what: object, remedy: str = "") -> Iterator[None]:
+    """Whatever goes wrong inside becomes a UserError: `WHAT cannot be read (REASON). REMEDY`.
+
+    For the reading of files that we did not write: libraries raise whatever they like at a damaged or hostile one. A
+    UserError from inside, which says more, passes as it is. The cause stays attached, for the log.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # MemoryError and RecursionError among them
+        raise UserError(f"{what} cannot be read ({reason(error)}). {remedy}".rstrip()) from error
+
+
+def reason(error: BaseException) -> str:
+    """An error in one short line: the first line of its message, or its name where there is no message."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    if not line or isinstance(error, (KeyError, UnicodeError)):  # whose message alone says nothing, or too much
+        line = f"{type(error).__name__}{': ' + line if line else ''}"
+    return line if len(line) <= 300 else f"{line[:297]}…"
