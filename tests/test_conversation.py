@@ -11,7 +11,18 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from vllava.batch import IGNORE_INDEX
-from vllava.conversation import PLACEHOLDER_IDS, TEMPLATES, encode, end_of_turn, template, without_media
+from vllava.conversation import (
+    MAX_CHARACTERS,
+    MAX_TURNS,
+    PLACEHOLDER_IDS,
+    TEMPLATES,
+    encode,
+    ends_of_turn,
+    media_in,
+    read_conversation,
+    template,
+    without_media,
+)
 from vllava.data.build import conversation_packer
 from vllava.errors import UserError
 
@@ -121,7 +132,7 @@ def test_chat_template_supervises_what_follows_each_generation_prompt(chat_token
     assert (encoded.token_ids, encoded.labels) == labelled(parts, chat_tokenizer)
 
 
-def test_chat_template_that_writes_its_last_turn_otherwise_is_labelled_as_it_will_be_generated(tokenizer):
+def test_chat_template_that_writes_its_last_turn_otherwise_is_labelled_on_the_answers_alone(tokenizer):
     tokenizer = with_chat_template(tokenizer, REASONS_LAST)
     conversation = turns("One?", "Two.", "Three?", "Four.")
     encoded = encode(conversation, tokenizer, TEMPLATES["chat"])
@@ -129,13 +140,13 @@ def test_chat_template_that_writes_its_last_turn_otherwise_is_labelled_as_it_wil
         [{"role": r, "content": t["value"]} for r, t in zip(["user", "assistant"] * 2, conversation, strict=True)],
         tokenize=False,
     )
-    assert supervised_text(encoded, tokenizer) == "Two.<|im_end|><think></think>Four.<|im_end|>"
+    assert supervised_text(encoded, tokenizer) == "Two.<|im_end|>Four.<|im_end|>"
 
 
 def test_chat_template_that_loses_an_answer_or_its_end_is_refused(tokenizer):
     changed = with_chat_template(tokenizer, FORGETS_ANSWERS)
     encode(turns("One?", "Two."), changed, TEMPLATES["chat"])  # a single round has no earlier turn
-    with pytest.raises(UserError, match="does not write answer 1 as it stands"):
+    with pytest.raises(UserError, match="leaves out answer 1"):
         encode(turns("One?", "Two.", "Three?", "Four."), changed, TEMPLATES["chat"])
     with pytest.raises(UserError, match=r"no special token.*where to stop"):
         encode(turns("One?", "Two."), with_chat_template(tokenizer, ENDLESS), TEMPLATES["chat"])
@@ -145,10 +156,10 @@ def test_chat_template_that_loses_an_answer_or_its_end_is_refused(tokenizer):
 
 
 def test_a_turn_ends_with_the_token_its_template_taught(chat_tokenizer):
-    ends = {name: end_of_turn(chat_tokenizer, TEMPLATES[name]) for name in TEMPLATES}
-    assert chat_tokenizer.convert_ids_to_tokens(ends["vicuna_v1"]) == "</s>"
-    assert chat_tokenizer.convert_ids_to_tokens(ends["chat"]) == "<|im_end|>"
-    assert chat_tokenizer.decode([ends["plain"]]) == "\n"
+    ends = {name: ends_of_turn(chat_tokenizer, TEMPLATES[name]) for name in TEMPLATES}
+    assert chat_tokenizer.convert_ids_to_tokens(ends["vicuna_v1"]) == ["</s>"]
+    assert chat_tokenizer.convert_ids_to_tokens(ends["chat"]) == ["<|im_end|>"]
+    assert chat_tokenizer.decode(ends["plain"]) == "\n"
 
 
 def test_tokenizer_without_a_chat_template_is_refused(tokenizer):
@@ -291,7 +302,6 @@ def test_without_media_leaves_the_words(tokenizer):
         ([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "turn 2 is from 'human', expected 'gpt'"),
         ([{"from": "gpt", "value": "a"}], "turn 1 is from 'gpt', expected 'human'"),
         ([{"from": "narrator", "value": "a"}], "turn 1 is from 'narrator'"),
-        ([{"from": "human", "value": "a"}, {"from": "gpt", "value": "see <image>"}], "turn 2.*placeholder"),
         ([{"from": "human", "value": None}], "turn 1 is not of the form"),
         ([{"from": "human"}], "turn 1 is not of the form"),
         (["What is it?"], "turn 1 is not of the form"),
@@ -315,8 +325,9 @@ questions = st.lists(words | st.sampled_from(["<image>", "<video>", "<image><ima
 def rendered(rounds, name):
     if name == "plain":
         return "<s>" + "".join("".join(re.findall("<image>|<video>", q)) + f"{a}\n" for q, a in rounds)
-    if name == "vicuna_v1":
-        return f"<s>{SYSTEM} " + "".join(f"USER: {q} ASSISTANT: {a}</s>" for q, a in rounds)
+    if name in ("vicuna_v1", "llava_v1"):
+        system = SYSTEM if name == "vicuna_v1" else SYSTEM.replace("user", "human")
+        return f"<s>{system} " + "".join(f"USER: {q} ASSISTANT: {a}</s>" for q, a in rounds)
     turn = "<|im_start|>{}\n{}<|im_end|>\n"
     return "".join(turn.format("user", q) + turn.format("assistant", a) for q, a in rounds)
 
@@ -333,6 +344,276 @@ def test_no_text_or_medium_is_lost_and_labels_are_the_tokens_themselves(rounds, 
         whole += chat_tokenizer.decode(run) if is_text else "".join(names[token] for token in run)
     assert whole == rendered(rounds, name)
     assert all(label in (token, IGNORE_INDEX) for token, label in zip(encoded.token_ids, encoded.labels, strict=True))
-    before, end = {"vicuna_v1": (" ", "</s>"), "chat": ("", "<|im_end|>"), "plain": ("", "\n")}[name]
+    before, end = {"chat": ("", "<|im_end|>"), "plain": ("", "\n")}.get(name, (" ", "</s>"))
     supervised = "".join(before + answer + end for _, answer in rounds)
     assert supervised_text(encoded, chat_tokenizer) == supervised
+
+
+# --- what a record may say --------------------------------------------------------------------------------------------
+
+
+def test_a_first_turn_from_gpt_is_dropped_and_counted():
+    record = {"conversations": [{"from": "gpt", "value": "Welcome!"}, *turns("What is a circle?", "A round shape.")]}
+    assert read_conversation(record) == (turns("What is a circle?", "A round shape."), 1)
+    assert read_conversation({"conversations": turns("Hm?", "Yes.")}) == (turns("Hm?", "Yes."), 0)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [{"from": "system", "value": "One word."}, *turns("Colour?", "red")]},
+        {"system": "One word.", "conversations": turns("Colour?", "red")},
+        {"system": "One word.", "conversations": [{"from": "system", "value": "One word."}, *turns("Colour?", "red")]},
+        {
+            "messages": [
+                {"role": "system", "content": "One word."},
+                {"role": "user", "content": "Colour?"},
+                {"role": "assistant", "content": "red"},
+            ]
+        },
+        {
+            "system": "One word.",
+            "conversations": [{"role": "user", "value": "Colour?"}, {"from": "gpt", "content": "red"}],
+        },
+    ],
+    ids=["a turn", "a key", "both", "roles and contents", "mixed names"],
+)
+@pytest.mark.parametrize("name", ["vicuna_v1", "llava_v1", "chat"])
+def test_a_system_text_takes_the_place_of_the_templates_own(record, name, chat_tokenizer):
+    conversation, dropped = read_conversation(record)
+    encoded = encode(conversation, chat_tokenizer, TEMPLATES[name])
+    text = chat_tokenizer.decode(encoded.token_ids)
+    begins = "<|im_start|>system\nOne word.<|im_end|>\n" if name == "chat" else "<s>One word. USER: Colour?"
+    assert text.startswith(begins) and "curious" not in text and dropped == 0
+    assert chat_tokenizer.decode([t for t in encoded.labels if t >= 0], skip_special_tokens=True).strip() == "red"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({}, 'needs "conversations" or "messages"'),
+        ({"conversations": turns("a", "b"), "system": 5}, '"system" is not a text but int'),
+        (
+            {"conversations": [{"from": "system", "value": "x"}, *turns("a", "b")], "system": "y"},
+            "two different system texts",
+        ),
+        ({"conversations": [*turns("a", "b"), {"from": "system", "value": "x"}]}, "turn 3 is from 'system'"),
+        ({"conversations": [{"from": "gpt", "value": "a"}] * 2}, "turn 2 is from 'gpt', expected 'human'"),
+        ({"conversations": [{"from": "system", "value": "x"}]}, "empty"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "turn 1 is from"),
+        ({"conversations": turns("half a pair: \ud83d", "b")}, "turn 1 is no valid text: half a surrogate pair"),
+        ({"conversations": turns("a", "\ufdd0")}, "turn 2 holds a noncharacter"),
+        ({"conversations": turns(*["a"] * (MAX_TURNS + 1))}, "1,001 turns, more than 1,000"),
+        ({"conversations": turns("a", "b" * MAX_CHARACTERS)}, "1,000,001 characters, more than 1,000,000"),
+    ],
+    ids=str,
+)
+def test_a_record_that_is_no_conversation_is_refused_with_the_place(record, message):
+    with pytest.raises(UserError, match=message):
+        read_conversation(record)
+
+
+# --- placeholders and text --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("conversation", "media"),
+    [
+        (turns("List three tags.", "<article>, <audio> and <video>."), []),
+        (turns("What is the <video> tag for?", "It embeds a video."), []),
+        (turns("Does <image> exist in HTML?", "No, it is <img>, not <image>."), []),
+        (turns("<image>\nWhich tag shows it, <video>?", "<img>, not <video>."), ["image"]),
+        (turns("<video>\nIs <image> in it?", "no"), ["video"]),
+        (turns("<image><video>", "Both <image> and <video>."), ["image", "video"]),
+    ],
+    ids=lambda value: None,
+)
+@pytest.mark.parametrize("name", ["vicuna_v1", "chat"])
+def test_a_placeholder_without_a_medium_is_text(conversation, media, name, chat_tokenizer):
+    looks = [*media]
+    assert media_in(conversation, [None] * len(media), looks) == media
+    encoded = encode(conversation, chat_tokenizer, TEMPLATES[name], media)
+    assert encoded.media == media
+    names = {id_: f"<{kind}>" for kind, id_ in PLACEHOLDER_IDS.items()}
+    runs = itertools.groupby(encoded.token_ids, key=lambda token: token >= 0)
+    written = "".join(
+        chat_tokenizer.decode(run) if text else "".join(map(names.get, run))
+        for text, run in ((text, list(run)) for text, run in runs)
+    )
+    assert all(turn["value"] in written for turn in conversation)
+    assert conversation[1]["value"] in supervised_text(encoded, chat_tokenizer)
+
+
+def test_the_placeholder_says_what_a_file_is_unless_there_are_more_placeholders_than_files():
+    assert media_in(turns("<video>", "x"), [None], ["image"]) == ["video"]
+    assert media_in(turns("<image><video>", "x"), ["image", None]) == ["image", "video"]
+    with pytest.raises(UserError, match=r"shows <image> in turn 1, <image> in turn 3, the sample has file"):
+        media_in(turns("<image>", "x", "<image>", "y"), [None], ["image"])
+
+
+def test_media_that_only_an_answer_shows_are_an_error_that_names_the_turn(tokenizer):
+    with pytest.raises(UserError, match=r"shows none, the sample has file; turn 2 holds a placeholder"):
+        media_in(turns("Draw a circle.", "<image>"), [None], ["image"])
+    with pytest.raises(UserError, match="turn 2 holds a placeholder"):
+        encode(turns("Draw a circle.", "<image>"), tokenizer, TEMPLATES["vicuna_v1"], ["image"])
+
+
+def test_without_media_keeps_the_placeholders_that_are_text():
+    assert without_media(turns("<image>\nIs <video> a tag?", "Yes"), ["image"]) == turns("Is <video> a tag?", "Yes")
+
+
+# --- chat templates that think, use channels, or cannot be used -------------------------------------------------------
+
+ROLE = "<|im_start|>{{ m.role }}\n"
+EACH, END = "{% for m in messages %}", "{% endfor %}"
+IF_ANSWER = "{% if m.role == 'assistant' %}"
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+THINKING = {
+    "an empty thought before the last answer": (
+        EACH + ROLE + "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n" + END + PROMPT
+    ),
+    "a prompt that opens a thought": (
+        EACH
+        + ROLE
+        + IF_ANSWER
+        + "<think></think>{% endif %}{{ m.content }}<|im_end|>\n"
+        + END
+        + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    ),
+    "a channel": (
+        EACH
+        + "<|im_start|>{{ m.role }}"
+        + IF_ANSWER
+        + "<|channel|>final{% endif %}<|message|>{{ m.content }}<|im_end|>"
+        + END
+        + "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    ),
+    "an end of its own for the last answer": (
+        EACH + ROLE + "{{ m.content }}{{ '</s>' if loop.last else '<|im_end|>' }}\n" + END + PROMPT
+    ),
+    "texts without the space around them": EACH + ROLE + "{{ m.content | trim }}<|im_end|>\n" + END + PROMPT,
+    "a space before the answer": (
+        EACH + "{% if m.role == 'user' %}[INST] {{ m.content.strip() }} [/INST]{% else %} {{ m.content.strip() }} </s>"
+        "{% endif %}" + END
+    ),
+    "thoughts cut from answers": (
+        EACH
+        + ROLE
+        + "{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+        + END
+        + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    ),
+    "a switch": (
+        EACH + ROLE + IF_ANSWER + "{% if enable_thinking is defined and not enable_thinking %}"
+        "<think></think>{% endif %}{% endif %}{{ m.content }}<|im_end|>\n" + END + PROMPT
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def thinking_tokenizer(tokenizer):
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|channel|>", "<|message|>"]}
+    )
+    changed.add_tokens(["<think>", "</think>"])  # which are not special where they are published
+    return changed
+
+
+@pytest.mark.parametrize("name", THINKING)
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_what_is_learned_is_the_answer_and_the_prompt_is_what_came_before_it(name, rounds, thinking_tokenizer):
+    tokenizer = copy.copy(thinking_tokenizer)
+    tokenizer.chat_template = THINKING[name]
+    write = template("chat", {"enable_thinking": False})
+    conversation = turns(*["<image> Colour?", "red"] * rounds)
+    asked, told = encode(conversation[:-1], tokenizer, write), encode(conversation, tokenizer, write)
+    learned = [list(run) for is_label, run in itertools.groupby(told.labels, lambda t: t >= 0) if is_label]
+    assert [tokenizer.decode(run, skip_special_tokens=True).strip() for run in learned] == ["red"] * rounds
+    assert {run[-1] for run in learned} <= set(ends_of_turn(tokenizer, write))
+    assert told.token_ids[: len(asked.token_ids)] == asked.token_ids
+    assert told.labels[len(asked.token_ids) :][: len(learned[-1])] == learned[-1]
+    assert set(asked.labels[told.labels.index(learned[-1][0]) :] if rounds == 1 else []) <= {IGNORE_INDEX}
+
+
+def test_a_template_that_ends_the_last_answer_otherwise_has_two_ends(thinking_tokenizer):
+    tokenizer = copy.copy(thinking_tokenizer)
+    tokenizer.chat_template = THINKING["an end of its own for the last answer"]
+    ends = ends_of_turn(tokenizer, TEMPLATES["chat"])
+    assert sorted(tokenizer.convert_ids_to_tokens(ends)) == ["</s>", "<|im_end|>"]
+
+
+DATED = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{{ date_string }}{% for m in messages %}" + ROLE + "{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "begins"),
+    [({"date": "2024-07-26"}, "26 Jul 2024"), ({"date_string": "1 Jan 2025"}, "1 Jan 2025")],
+)
+def test_a_template_that_writes_the_date_needs_one_that_is_fixed(options, begins, thinking_tokenizer):
+    tokenizer = copy.copy(thinking_tokenizer)
+    tokenizer.chat_template = DATED
+    with pytest.raises(UserError, match=r"writes today's date.*data\.template_options\.date=2024-07-26"):
+        conversation_packer({}, tokenizer, "chat")
+    packer = conversation_packer({}, tokenizer, "chat", template_options=options)
+    text = tokenizer.decode(encode(turns("Colour?", "red"), tokenizer, packer.template).token_ids)
+    assert text.replace(" ", "").startswith(begins.replace(" ", ""))
+    with pytest.raises(UserError, match="not a day"):
+        conversation_packer({}, tokenizer, "chat", template_options={"date": "yesterday"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (EACH + "{% for c in m.content %}{{ '' + c.text }}{% endfor %}</s>" + END, "wants the content.*list of parts"),
+        (
+            EACH + "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}</s>" + END,
+            r"leaves out question 1\. It wants the content.*list of parts",
+        ),
+        ("{{ raise_exception('Only for tools') }}", r"refuses this conversation \(Only for tools\)"),
+        ("{% for m in messages %}{{ m.content }}", "refuses this conversation"),
+        ("{{ messages[0].missing.deeper }}", "refuses this conversation"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "refuses this conversation"),
+        (EACH + "{{ m.content * 2 }}</s>" + END, "repeats question 1"),
+        (EACH + "{{ m.content | upper }}</s>" + END, "does not write question 1 as it stands"),
+        ("{% for m in messages | reverse %}{{ m.content }}</s>" + END, "order of the turns"),
+        (EACH + "{{ m.content }}{{ m.content | length }}</s>" + END, "does not write question 1 as it stands"),
+    ],
+    ids=lambda value: None,
+)
+def test_a_chat_template_that_cannot_be_used_is_refused_in_words(text, message, thinking_tokenizer):
+    tokenizer = copy.copy(thinking_tokenizer)
+    tokenizer.chat_template = text
+    with pytest.raises(UserError, match=message):
+        encode(turns("What colour is it?", "red"), tokenizer, TEMPLATES["chat"])
+
+
+def test_a_system_text_that_the_template_ignores_is_refused(thinking_tokenizer):
+    tokenizer = copy.copy(thinking_tokenizer)
+    tokenizer.chat_template = EACH + "{% if m.role != 'system' %}{{ m.content }}</s>{% endif %}" + END
+    with pytest.raises(UserError, match="leaves out the system text"):
+        encode([{"from": "system", "value": "x"}, *turns("a", "b")], tokenizer, TEMPLATES["chat"])
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "llava_v1"])
+def test_a_tokenizer_without_an_end_token_is_refused_and_no_answer_ends_in_none(name, tokenizer):
+    changed = copy.deepcopy(tokenizer)
+    changed.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        encode(turns("Colour?", "red"), changed, TEMPLATES[name])
+
+
+def test_options_are_for_the_tokenizers_own_template():
+    with pytest.raises(UserError, match=r"are for data\.template=chat; vicuna_v1 takes none"):
+        template("vicuna_v1", {"enable_thinking": False})
+
+
+def test_the_largest_conversations_are_encoded_in_linear_time(chat_tokenizer):
+    conversation = turns(*["What colour is it?", "red"] * (MAX_TURNS // 2))
+    encoded = encode(conversation, chat_tokenizer, TEMPLATES["chat"])
+    learned = [label for label in encoded.labels if label >= 0]
+    assert chat_tokenizer.decode(learned) == "red<|im_end|>" * (MAX_TURNS // 2)

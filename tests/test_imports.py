@@ -12,7 +12,8 @@ SRC = Path(__file__).parents[1] / "src" / "vllava"
 MAY_IMPORT = {
     "errors": set(),
     "batch": {"errors"},
-    "conversation": {"batch", "errors"},
+    "templates": {"errors"},
+    "conversation": {"batch", "errors", "templates"},
     "data": {"batch", "errors", "conversation"},
     "model": {"batch", "errors", "conversation"},
     "training": {"batch", "errors", "model"},

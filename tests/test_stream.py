@@ -242,10 +242,10 @@ BROKEN = {
         "placeholders and media differ",
     ),
     "a picture too many": (_with(talk(placeholder=""), [("jpg", jpeg())]), "placeholders and media differ"),
-    "a video where the text says image": (_with(talk(), [("mp4", mp4())]), "placeholders and media differ"),
+    "a video where the text says image": (_with(talk(), [("mp4", mp4())]), "unreadable image"),
     "no answer": (_with(talk(placeholder="")[:1], []), "no token of the conversation is supervised"),
     "an empty conversation": (_with([], []), "empty"),
-    "turns in the wrong order": (_with(talk(placeholder="")[::-1], []), "expected 'human'"),
+    "turns in the wrong order": (_with(talk(placeholder="")[:1] * 2, []), "expected 'gpt'"),
     "a conversation longer than the limit": (_with(talk(answer="very " * 4000, placeholder=""), []), "max_length"),
 }
 
@@ -274,7 +274,9 @@ def the_step_of(folder, members, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe", json.dumps({"text": "no conversation"}).encode()]
+    "data",
+    [b"", b"{", b"[1, 2]", b"null", b"\xff\xfe", b"[" * 10**6, b'{"a": ' * 10**5, b'{"id": ' + b"9" * 10**5 + b"}"],
+    ids=["empty", "cut", "a list", "null", "no UTF-8", "nested lists", "nested objects", "a long number"],
 )
 def test_a_record_that_is_not_one_is_reported(tmp_path, tokenizer, data):
     step = the_step_of(tmp_path / "s", [("bad.json", data)], tokenizer)
@@ -284,7 +286,7 @@ def test_a_record_that_is_not_one_is_reported(tmp_path, tokenizer, data):
 
 
 @pytest.mark.parametrize(
-    "conversation", [5, True, None, "hello", {"from": "human"}, [5], [{"from": "human", "value": 3}]]
+    "conversation", [5, True, None, "hello", {"from": "human"}, [5], [{"from": "human", "value": 3}], [[]], [None] * 9]
 )
 def test_a_conversation_that_is_not_one_is_reported(tmp_path, tokenizer, conversation):
     step = the_step_of(tmp_path / "s", [("bad.json", json.dumps({"conversations": conversation}).encode())], tokenizer)

@@ -46,6 +46,7 @@ class MediumSpec:
     size: int  # H = W, pixels
     tokens: int  # P
     frames: int = 1  # F
+    width: int | None = field(default=None, compare=False)  # E, if known
 
 
 @dataclass

@@ -47,7 +47,9 @@ def answers(
     model, tokenizer, description = load(checkpoint, num_frames)
     model.to(best_device())
     decode = sample_decoder(model.specs, description.image_fit, decoder)
-    packer = conversation_packer(model.specs, tokenizer, description.template)
+    packer = conversation_packer(
+        model.specs, tokenizer, description.template, template_options=description.template_options
+    )
     shown = [encoded(model, read_medium(kind, path, decode)) for kind, path in media]
     conversation: list[Message] = []
     for question in questions:

@@ -8,30 +8,60 @@ decided while the text is built, and nothing is recovered by searching in it aft
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllava.batch import IGNORE_INDEX
 from vllava.errors import UserError
+from vllava.templates import (
+    MEDIA_MARKS,
+    RESERVED,
+    TEMPLATES,
+    VICUNA_SYSTEM,
+    Message,
+    Piece,
+    Template,
+    chat_template,
+    llava_v1,
+    plain,
+    split_system,
+    template,
+    vicuna_v1,
+)
+
+__all__ = [
+    "MAX_CHARACTERS",
+    "MAX_TURNS",
+    "PLACEHOLDER_IDS",
+    "TEMPLATES",
+    "VICUNA_SYSTEM",
+    "EncodedConversation",
+    "Message",
+    "Piece",
+    "Template",
+    "chat_template",
+    "encode",
+    "ends_of_turn",
+    "llava_v1",
+    "media_in",
+    "plain",
+    "read_conversation",
+    "split_system",
+    "template",
+    "vicuna_v1",
+    "without_media",
+]
 
 # Stand-ins for a medium in token ids, until the batch is packed. Negative, so no vocabulary contains them.
 PLACEHOLDER_IDS = {"image": -200, "video": -201}
 _PLACEHOLDER = re.compile(r"<(image|video)>")
+_KIND_OF_MARK = {mark: kind for kind, mark in MEDIA_MARKS.items()}
+_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
-Message = dict[str, str]  # {"from": "human" | "gpt", "value": text}, LLaVA's format
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of text and whether its tokens carry loss; a `token` stands by itself, apart from the text after it."""
-
-    text: str
-    supervised: bool = False
-    token: bool = False
-
-
-Template = Callable[[Sequence[Message], Any], list[Piece]]
+# A conversation beyond these is no training sample but a damaged record; it would take minutes to tokenise.
+MAX_TURNS = 1_000
+MAX_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -48,160 +78,189 @@ class EncodedConversation:
         return [kinds[token] for token in self.token_ids if token in kinds]
 
 
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def vicuna_v1(conversation: Sequence[Message], tokenizer: Any) -> list[Piece]:
-    """Vicuna v1: `{system} USER: {question} ASSISTANT: {answer}</s>USER: …`; loss on ` {answer}</s>`."""
-    pieces = [*_bos(tokenizer), Piece(VICUNA_SYSTEM + " ")]
-    for message in conversation:
-        if message["from"] == "human":
-            pieces.append(Piece(f"USER: {message['value']} ASSISTANT:"))
-        else:
-            pieces.append(Piece(f" {message['value']}{tokenizer.eos_token}", supervised=True))
-    return pieces
+def read_conversation(record: Mapping[str, Any]) -> tuple[list[Message], int]:
+    """The conversation of a record in our form, and how many turns were dropped from its beginning.
 
-
-def plain(conversation: Sequence[Message], tokenizer: Any) -> list[Piece]:
-    """LLaVA-1.5's first-stage format: the visual tokens, the caption and a newline; the instruction is not used."""
-    pieces = _bos(tokenizer)
-    for message in conversation:
-        if message["from"] == "human":
-            pieces.append(Piece("".join(f"<{kind}>" for kind in _PLACEHOLDER.findall(message["value"]))))
-        else:
-            pieces.append(Piece(message["value"] + "\n", supervised=True))
-    return pieces
-
-
-def chat_template(conversation: Sequence[Message], tokenizer: Any) -> list[Piece]:
-    """The tokenizer's own chat template; loss from where an answer would be generated through the token that ends it.
-
-    Raises UserError where the tokenizer has no chat template, or one in which an answer's place or end is not known.
+    Turns are `{"from", "value"}` under "conversations", or `{"role", "content"}` under "messages"; a system text is a
+    first turn or the key "system". A first turn from gpt is dropped, as the original does (`preprocess_v1`).
+    Raises UserError for anything else.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("This tokenizer has no chat template. Choose data.template=vicuna_v1 or plain.")
-    roles = {"human": "user", "gpt": "assistant"}
-    chat = [{"role": roles[m["from"]], "content": m["value"]} for m in conversation]
-    text = _render(chat, tokenizer)
-    pieces: list[Piece] = []
-    done = 0
-    for turn in range(1, len(chat), 2):
-        start, stop = _answer_span(text, chat, turn, tokenizer)
-        pieces += [Piece(text[done:start]), Piece(text[start:stop], supervised=True)]
-        done = stop
-    return [*pieces, Piece(text[done:])]
+    turns = record["conversations"] if "conversations" in record else record.get("messages")
+    if turns is None:
+        raise UserError('the record has no conversation: it needs "conversations" or "messages"')
+    messages = _messages(turns)
+    system = record.get("system")
+    if system is not None and not isinstance(system, str):
+        raise UserError(f'"system" is not a text but {type(system).__name__}')
+    given, turns = split_system(messages)
+    if given and system and given != system:
+        raise UserError('the key "system" and the first turn are two different system texts')
+    dropped = int(len(turns) > 1 and turns[0]["from"] == "gpt")
+    text = given or system
+    conversation = [*([{"from": "system", "value": text}] if text else []), *turns[dropped:]]
+    _check_order(conversation, dropped)
+    return conversation, dropped
 
 
-def _render(chat: list[dict], tokenizer: Any) -> str:
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=chat[-1]["role"] == "user")
+def _messages(turns: Any) -> list[Message]:
+    """Turns in our form; raises UserError for what is no turn, a speaker nobody knows, or a text that is none."""
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise UserError(f"the conversation is not a list of turns but {type(turns).__name__}")
+    if not turns:
+        raise UserError("the conversation is empty: it needs at least one human turn")
+    if len(turns) > MAX_TURNS:
+        raise UserError(f"the conversation has {len(turns):,} turns, more than {MAX_TURNS:,}")
+    messages = [_message(number, turn) for number, turn in enumerate(turns, 1)]
+    if (characters := sum(len(message["value"]) for message in messages)) > MAX_CHARACTERS:
+        raise UserError(f"the conversation has {characters:,} characters, more than {MAX_CHARACTERS:,}")
+    return messages
 
 
-def _answer_span(text: str, chat: list[dict], turn: int, tokenizer: Any) -> tuple[int, int]:
-    """Where the answer `turn` lies in the rendered text: from the end of its generation prompt through its end token.
+def _message(number: int, turn: Any) -> Message:
+    if not isinstance(turn, Mapping):
+        raise UserError(f'turn {number} is not of the form {{"from": "human" | "gpt", "value": text}}')
+    name, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if not isinstance(text, str):
+        raise UserError(f'turn {number} is not of the form {{"from": "human" | "gpt", "value": text}}: it has no text')
+    speaker = _SPEAKERS.get(name) if isinstance(name, str) else None
+    if speaker is None:
+        raise UserError(f"turn {number} is from {str(name)[:40]!r}; speakers are: {', '.join(_SPEAKERS)}")
+    if RESERVED.search(text):
+        raise UserError(f"turn {number} holds a noncharacter of Unicode (U+FDD0 to U+FDD3), which text never does")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"turn {number} is no valid text: half a surrogate pair at character {error.start}") from error
+    return {"from": speaker, "value": text}
 
-    What stands around the answer is what does not change when another answer takes its place.
+
+def _check_order(conversation: Sequence[Message], dropped: int = 0) -> None:
+    system, turns = split_system(conversation)
+    if not turns:
+        raise UserError("the conversation is empty: it needs at least one human turn")
+    first = 1 + dropped + (system is not None)
+    for index, message in enumerate(turns):
+        expected = ("human", "gpt")[index % 2]
+        if message["from"] != expected:
+            raise UserError(f"turn {first + index} is from {message['from']!r}, expected {expected!r}: turns alternate")
+
+
+# --- media ------------------------------------------------------------------------------------------------------------
+
+
+def media_in(
+    conversation: Sequence[Message], files: Sequence[str | None], looks: Sequence[str | None] = ()
+) -> list[str]:
+    """The kind of each medium of a sample, in order, by the placeholders of its human turns.
+
+    files: what each medium is known to be, or None; looks: what the file's first bytes say. `<image>` and `<video>`
+    that no medium answers to are text (HTML), as are those in answers: where there are more placeholders than media,
+    the files decide which kinds are meant. Raises UserError, which names turns, where the two do not fit.
     """
-    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
-    marked = _render([*chat[:turn], {**chat[turn], "content": mark}, *chat[turn + 1 :]], tokenizer)
-    before, found, after = marked.partition(mark)
-    if not (found and text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)):
-        raise UserError(f"The tokenizer's chat template does not write answer {turn // 2 + 1} as it stands. {_ANOTHER}")
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    end = re.match(rf"\s*({'|'.join(map(re.escape, special))})", after) if special else None
-    if end is None:
-        raise UserError(
-            "The tokenizer's chat template ends an answer with no special token, so a model could not learn where to "
-            f"stop. {_ANOTHER}"
-        )
-    # Where a template writes earlier turns otherwise than the last one, a turn may not begin as its prompt did.
-    prompt = _render(chat[:turn], tokenizer)
-    start = len(prompt) if before.startswith(prompt) else len(before)
-    return start, len(text) - len(after) + end.end()
+    if not files:
+        return []
+    shown = [kind for _, kind in _placeholders(conversation)]
+    if len(shown) > len(files):
+        meant = {kind for kind in (looks or files) if kind}
+        shown = [kind for kind in shown if kind in meant]
+    if len(shown) != len(files):
+        raise UserError(_differ(conversation, [kind or "file" for kind in files]))
+    return shown
 
 
-_ANOTHER = "Choose data.template=vicuna_v1, or a tokenizer with another chat template."
+def _placeholders(conversation: Sequence[Message]) -> list[tuple[int, str]]:
+    """(index of the turn, kind) of each placeholder in a human turn."""
+    return [
+        (index, kind)
+        for index, message in enumerate(conversation)
+        if message["from"] == "human"
+        for kind in _PLACEHOLDER.findall(message["value"])
+    ]
 
 
-TEMPLATES: dict[str, Template] = {
-    "vicuna_v1": vicuna_v1,
-    "plain": plain,
-    "chat": chat_template,
-}
+def _differ(conversation: Sequence[Message], given: Sequence[str]) -> str:
+    """In words, that human turns show other media than the sample has."""
+    places = [f"<{kind}> in turn {index + 1}" for index, kind in _placeholders(conversation)]
+    words = f"placeholders and media differ: the text shows {', '.join(places[:8]) or 'none'}, the sample has "
+    words += ", ".join(given[:8]) or "none"
+    others = [i for i, m in enumerate(conversation, 1) if m["from"] != "human" and _PLACEHOLDER.search(m["value"])]
+    if others and len(places) < len(given):
+        words += f"; turn {others[0]} holds a placeholder and is not the human's: only human turns may show media"
+    return words
 
 
-def template(name: str) -> Template:
-    """The template of that name; raises UserError that lists the names there are."""
-    if name not in TEMPLATES:
-        raise UserError(f"No conversation template is called {name!r}; there are: {', '.join(TEMPLATES)}.")
-    return TEMPLATES[name]
+def _marked(conversation: Sequence[Message], media: Sequence[str] | None, mark: Mapping[str, str]) -> list[Message]:
+    """The conversation with the placeholders of `media` replaced; the others are text.
+
+    None for `media` means every placeholder of a human turn. Raises UserError where they are others than `media`.
+    """
+    shown = [kind for _, kind in _placeholders(conversation)]
+    kinds = set(PLACEHOLDER_IDS) if media is None else set(media)
+    if media is not None and [kind for kind in shown if kind in kinds] != list(media):
+        raise UserError(_differ(conversation, media))
+
+    def replace(match: re.Match[str]) -> str:
+        return mark[match.group(1)] if match.group(1) in kinds else match.group()
+
+    return [
+        {**message, "value": _PLACEHOLDER.sub(replace, message["value"])} if message["from"] == "human" else message
+        for message in conversation
+    ]
 
 
-def encode(conversation: Sequence[Message], tokenizer: Any, template: Template) -> EncodedConversation:
+def without_media(conversation: Sequence[Message], media: Sequence[str] | None = None) -> list[Message]:
+    """The same conversation with the placeholders of its media, and the white space around its turns, taken out."""
+    nothing = dict.fromkeys(PLACEHOLDER_IDS, "")
+    return [{**m, "value": m["value"].strip()} for m in _marked(conversation, media, nothing)]
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def encode(
+    conversation: Sequence[Message], tokenizer: Any, template: Template, media: Sequence[str] | None = None
+) -> EncodedConversation:
     """Tokenise a conversation and label its answers.
 
-    A conversation that ends with a human turn gives the prompt of an answer to come, with nothing after it.
-    Raises UserError for an empty conversation, unknown speakers, turns out of order, or a placeholder in an answer.
+    media: the kinds of the sample's media in order; a placeholder of another kind is text. By default every
+    placeholder of a human turn stands for a medium. A conversation that ends with a human turn gives the prompt of an
+    answer to come, with nothing after it.
+    Raises UserError for an empty conversation, unknown speakers, turns out of order, or media that are not shown.
     """
-    _check(conversation)
-    pieces = template(conversation, tokenizer)
+    messages = _messages(conversation)
+    _check_order(messages)
+    pieces = template(_marked(messages, media, MEDIA_MARKS), tokenizer)
     ids = [tokenizer.convert_tokens_to_ids(piece.text) for piece in pieces if piece.token]
     labels = [IGNORE_INDEX] * len(ids)
     pieces = [piece for piece in pieces if not piece.token]
     text = "".join(piece.text for piece in pieces)
-    supervised = bytearray(len(text))  # per character
-    start = 0
-    for piece in pieces:
-        supervised[start : start + len(piece.text)] = bytes([piece.supervised]) * len(piece.text)
-        start += len(piece.text)
+    supervised = bytearray().join(bytes([piece.supervised]) * len(piece.text) for piece in pieces)  # per character
 
     start = 0
-    for match in [*_PLACEHOLDER.finditer(text), None]:
+    for match in [*RESERVED.finditer(text), None]:
         stop = match.start() if match else len(text)
+        # Each stretch of text between media is tokenised on its own, as the original does (`tokenizer_image_token`).
         tokens = tokenizer(text[start:stop], add_special_tokens=False, return_offsets_mapping=True)
         for token, (first, last) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
             inside = any(supervised[start + first : start + max(last, first + 1)])
             ids.append(token)
             labels.append(token if inside else IGNORE_INDEX)
         if match:
-            ids.append(PLACEHOLDER_IDS[match.group(1)])
+            ids.append(PLACEHOLDER_IDS[_KIND_OF_MARK[match.group()]])
             labels.append(IGNORE_INDEX)
             start = match.end()
     return EncodedConversation(ids, labels)
 
 
-def end_of_turn(tokenizer: Any, template: Template) -> int:
-    """The token with which a model that learned from this template ends an answer.
+def ends_of_turn(tokenizer: Any, template: Template) -> list[int]:
+    """The tokens with which a model that learned from this template ends an answer.
 
-    Raises UserError where the template cannot write a conversation of two rounds.
+    There may be two: some templates end the last answer otherwise than those before it. Raises UserError where the
+    template cannot write a conversation of two rounds.
     """
-    probe = encode([{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}] * 2, tokenizer, template)
-    return next(label for label in reversed(probe.labels) if label != IGNORE_INDEX)
-
-
-def without_media(conversation: Sequence[Message]) -> list[Message]:
-    """The same conversation with its placeholders, and the line breaks around them, taken out."""
-    return [{**message, "value": _PLACEHOLDER.sub("", message["value"]).strip()} for message in conversation]
-
-
-def _bos(tokenizer: Any) -> list[Piece]:
-    return [Piece(tokenizer.bos_token, token=True)] if tokenizer.bos_token else []
-
-
-def _check(conversation: Sequence[Message]) -> None:
-    if not isinstance(conversation, Sequence) or isinstance(conversation, str):
-        raise UserError(f"the conversation is not a list of turns but {type(conversation).__name__}")
-    if not conversation:
-        raise UserError("the conversation is empty: it needs at least one human turn")
-    for index, message in enumerate(conversation):
-        expected = ("human", "gpt")[index % 2]
-        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-            raise UserError(f'turn {index + 1} is not of the form {{"from": "human" | "gpt", "value": text}}')
-        if message.get("from") != expected:
-            raise UserError(f"turn {index + 1} is from {message.get('from')!r}, expected {expected!r}: turns alternate")
-        if expected == "gpt" and _PLACEHOLDER.search(message["value"]):
-            raise UserError(
-                f"turn {index + 1}, an answer, contains a media placeholder: only a human turn may show one"
-            )
+    probe = encode([{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}] * 2, tokenizer, template).labels
+    after = [*probe[1:], IGNORE_INDEX]
+    return sorted({a for a, b in zip(probe, after, strict=True) if a != IGNORE_INDEX and b == IGNORE_INDEX})

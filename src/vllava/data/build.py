@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllava.batch import MediumSpec
-from vllava.conversation import end_of_turn
+from vllava.conversation import ends_of_turn
 from vllava.conversation import template as find_template
 from vllava.data.datamodule import DataModule
 from vllava.data.media import Preprocess
@@ -31,11 +31,16 @@ def _chosen(sources: dict[str, list[str]], modalities: list[str]) -> list[str]:
 
 
 def conversation_packer(
-    specs: Specs, tokenizer: Any, template: str = "vicuna_v1", max_length: int = 3072, token_budget: int = 8192
+    specs: Specs,
+    tokenizer: Any,
+    template: str = "vicuna_v1",
+    max_length: int = 3072,
+    token_budget: int = 8192,
+    template_options: dict[str, Any] | None = None,
 ) -> ConversationPacker:
     """The packer of a template's name; raises UserError where the tokenizer's own template is asked for and unfit."""
-    found = find_template(template)
-    end_of_turn(tokenizer, found)
+    found = find_template(template, template_options)
+    ends_of_turn(tokenizer, found)
     return ConversationPacker(tokenizer, found, specs, token_budget, max_length)
 
 
@@ -52,6 +57,7 @@ def conversation_data(
     global_batch: int,
     seed: int,
     template: str = "vicuna_v1",
+    template_options: dict[str, Any] | None = None,
     max_length: int = 3072,
     token_budget: int = 8192,
     image_fit: str = "crop",
@@ -79,7 +85,7 @@ def conversation_data(
     return DataModule(
         _chosen(sources, modalities),
         sample_decoder(specs, image_fit, decoder),
-        conversation_packer(specs, tokenizer, template, max_length, token_budget),
+        conversation_packer(specs, tokenizer, template, max_length, token_budget, template_options),
         global_batch,
         seed,
         remedy,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllava.batch import IGNORE_INDEX, Batch, CaptionBatch, MediumSpec, empty_images, empty_videos
-from vllava.conversation import PLACEHOLDER_IDS, EncodedConversation, Template, encode, end_of_turn
+from vllava.conversation import PLACEHOLDER_IDS, EncodedConversation, Template, encode, ends_of_turn
 from vllava.data.samples import Medium, Sample
 from vllava.errors import UserError
 
@@ -100,7 +100,7 @@ class ConversationPacker:
 
     def prepare(self, sample: Sample) -> PackedSample:
         """Encode and expand one sample; raises UserError if it cannot be trained on."""
-        encoded = encode(sample.conversation, self.tokenizer, self.template)
+        encoded = encode(sample.conversation, self.tokenizer, self.template, sample.kinds)
         packed = expand(sample.key, encoded, sample.media, self.specs)
         if all(label == IGNORE_INDEX for label in packed.labels):
             raise UserError("no token of the conversation is supervised: it has no answer")
@@ -112,12 +112,12 @@ class ConversationPacker:
         """The sample up to where its last answer begins, for generation."""
         answered = sample.conversation[-1]["from"] == "gpt"
         asked = sample.conversation[:-1] if answered else sample.conversation
-        return expand(sample.key, encode(asked, self.tokenizer, self.template), sample.media, self.specs)
+        return expand(sample.key, encode(asked, self.tokenizer, self.template, sample.kinds), sample.media, self.specs)
 
     @cached_property
-    def end_of_turn(self) -> int:
-        """The token that ends an answer."""
-        return end_of_turn(self.tokenizer, self.template)
+    def ends_of_turn(self) -> list[int]:
+        """The tokens that end an answer."""
+        return ends_of_turn(self.tokenizer, self.template)
 
     def collate(self, samples: list[PackedSample]) -> list[Batch]:
         """Micro-batches in the given order, each closed before it would exceed the token budget."""
@@ -136,8 +136,11 @@ class CaptionPairs:
         answers = [message["value"] for message in sample.conversation if message["from"] == "gpt"]
         if not sample.media or not answers:
             raise UserError("an image-caption pair needs one medium and one answer")
-        ids = self.tokenizer(self.tokenizer.bos_token + answers[0], add_special_tokens=False)["input_ids"]
-        return sample.media[0].pixels, [*ids[: self.max_length - 1], self.tokenizer.eos_token_id]
+        bos, end = self.tokenizer.bos_token or "", self.tokenizer.eos_token_id
+        if end is None:
+            raise UserError("the tokenizer has no end-of-sequence token, with which a caption ends")
+        ids = self.tokenizer(bos + answers[0], add_special_tokens=False)["input_ids"]
+        return sample.media[0].pixels, [*ids[: self.max_length - 1], end]
 
     def collate(self, pairs: list[tuple[Tensor, list[int]]]) -> list[CaptionBatch]:
         """One batch: contrastive learning compares all pairs with each other."""

@@ -80,7 +80,7 @@ def ask(
     batch = pack([packer.prompt(sample) for sample in samples])
     device = next(model.parameters()).device
     with autocast():
-        generated = model.generate(batch.to(device), max_new_tokens, ends=[packer.end_of_turn], **sampling)
+        generated = model.generate(batch.to(device), max_new_tokens, ends=packer.ends_of_turn, **sampling)
     return [packer.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in generated]
 
 

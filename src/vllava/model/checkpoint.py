@@ -38,6 +38,7 @@ class Description:
     trained: list[str]
     sha256: dict[str, str] = field(default_factory=dict)  # of the parts referred to: "image", "video", "llm"
     origin: dict[str, Any] = field(default_factory=dict)  # what the config.json of an imported checkpoint said
+    template_options: dict[str, Any] = field(default_factory=dict)  # of the tokenizer's own template
 
 
 def save_trained(model: VideoLlava, tokenizer: Any, description: Description, folder: Path) -> None:

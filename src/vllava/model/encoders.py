@@ -79,7 +79,8 @@ class ClipEncoder(Encoder):
             }
         patches = (config.image_size // config.patch_size) ** 2
         count = config.num_frames if self.video else 1
-        self.spec = MediumSpec(config.image_size, count * (1 + patches) if self.video else patches, count)
+        tokens = count * (1 + patches) if self.video else patches
+        self.spec = MediumSpec(config.image_size, tokens, count, config.hidden_size)
         self.hidden_size = config.hidden_size
         self.tower = VisionTower(config, feature_layer)
         later = range(self.tower.depth, config.num_hidden_layers)
@@ -160,8 +161,9 @@ class MaeEncoder(Encoder):
         checkpoint.require(not left_over, f"has tensors left over: {sorted(left_over)}")
         checkpoint.require(not report["mismatched_keys"], f"has other shapes: {sorted(report['mismatched_keys'])}")
         self.vit.layernorm = nn.Identity()  # a hidden state before the last one has no final layer norm
-        self.spec = MediumSpec(self.vit.config.image_size, self.vit.embeddings.patch_embeddings.num_patches)
         self.hidden_size = self.vit.config.hidden_size
+        patches = self.vit.embeddings.patch_embeddings.num_patches
+        self.spec = MediumSpec(self.vit.config.image_size, patches, width=self.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Images [N, 3, H, W] to [N, P, E]."""

@@ -47,5 +47,6 @@ class Stage(Task):
             template=settings["data"]["template"],
             image_fit=settings["data"]["image_fit"],
             trained=list(self.trained),
+            template_options=settings["data"].get("template_options") or {},
         )
         save_trained(self.model, tokenizer, description, folder)
