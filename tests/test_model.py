@@ -243,6 +243,7 @@ def test_encoders_stay_in_evaluation_mode_while_the_rest_trains(model):
 
 def test_specs_say_what_the_encoders_take_and_give(model, prepared):
     assert model.specs == {"image": MediumSpec(32, 4), "video": MediumSpec(32, 4 * 5, 4)}
+    assert {spec.width for spec in model.specs.values()} == {32}
     batch = pack(prepared)
     assert model.encode("image", batch.images).shape == (len(batch.images), 4, 32)
     assert model.encode("video", batch.videos).shape == (len(batch.videos), 20, 32)

@@ -119,9 +119,8 @@ class SampleDecoder:
 
     def _medium(self, kind: str, file: MediumFile) -> Medium:
         if file.kind not in (None, kind):
-            raise UserError(
-                f"the text shows <{kind}>, the sample holds frames or features of a medium of kind {file.kind}"
-            )
+            held = f"frames or features of a medium of kind {file.kind}"
+            raise UserError(f"the text shows <{kind}>, the sample holds {held}")
         if file.features_of:
             return self.features(kind, file.data[0])
         if file.prepared:
