@@ -14,7 +14,7 @@ from shard_fixtures import audio_file, image_file, jpeg, mp4, talk
 
 from data_prep.toy_render import encode_jpeg
 from vllava.batch import MediumSpec
-from vllava.data.build import sample_decoder
+from vllava.data.build import conversation_packer, sample_decoder
 from vllava.errors import UserError
 
 SPECS = {"image": MediumSpec(32, 4, width=8), "video": MediumSpec(32, 20, 4, width=8)}
@@ -209,3 +209,45 @@ def test_an_image_of_a_lossless_file_has_its_pixels(decode):
     [medium] = decode("k", members(("0.png", image_file(picture)))).media
     again = decode.preprocess.image(Image.fromarray(picture), 32)
     assert torch.equal(medium.pixels, again)
+
+
+# --- whatever a record holds ------------------------------------------------------------------------------------------
+
+words = st.sampled_from(
+    ["human", "gpt", "user", "assistant", "system", "<image>", "<video>\n", "x", "", "\ud800", "</s>"]
+)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8,
+)
+near_turns = st.fixed_dictionaries(
+    {}, optional={"from": words | anything, "role": words, "value": words | anything, "content": words}
+)
+near_records = st.fixed_dictionaries(
+    {},
+    optional={
+        "conversations": st.lists(near_turns | anything, max_size=4) | anything,
+        "messages": st.lists(near_turns, max_size=4),
+        "system": words | anything,
+        "image": anything,
+        "id": anything,
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    record=near_records | anything, media=st.lists(st.sampled_from([b"", b"GIF8", b"\xff\xd8\xff", b"x"]), max_size=2)
+)
+def test_any_record_is_a_sample_or_an_error_in_words(record, media, decode, packer):
+    held = {"json": json.dumps(record).encode(), **{f"{i}.x": data for i, data in enumerate(media)}}
+    try:
+        packer.prepare(decode("k", held))
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 700
+
+
+@pytest.fixture(scope="module")
+def packer(tokenizer):
+    return conversation_packer(SPECS, tokenizer)

@@ -243,7 +243,7 @@ def encode(
     for match in [*RESERVED.finditer(text), None]:
         stop = match.start() if match else len(text)
         # Each stretch of text between media is tokenised on its own, as the original does (`tokenizer_image_token`).
-        tokens = tokenizer(text[start:stop], add_special_tokens=False, return_offsets_mapping=True)
+        tokens = tokenizer(text[start:stop], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for token, (first, last) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
             inside = any(supervised[start + first : start + max(last, first + 1)])
             ids.append(token)
