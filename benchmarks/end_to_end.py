@@ -58,7 +58,7 @@ def _compare(stage: str, repeats: int, bf16: bool) -> dict:
     with tempfile.TemporaryDirectory() as root:
         files = _data(model, stage, Path(root))
         steps: list[Step] = list(_data(model, stage, Path(root), workers=0).train_dataloader())
-        memory = DataLoader(steps, batch_size=None)  # type: ignore[arg-type]
+        memory: DataLoader = DataLoader(steps, batch_size=None)  # type: ignore[arg-type]
         contenders = {"from files": lambda: seconds(files), "from memory": lambda: seconds(memory)}
         timing = take_turns(contenders, repeats)
     samples = MIXTURES[stage].samples

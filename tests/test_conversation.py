@@ -592,6 +592,14 @@ def test_a_chat_template_that_cannot_be_used_is_refused_in_words(text, message, 
         encode(turns("What colour is it?", "red"), tokenizer, TEMPLATES["chat"])
 
 
+def test_a_chat_template_that_does_not_come_to_an_end_is_refused(thinking_tokenizer, monkeypatch):
+    monkeypatch.setattr("vllava.conversation.TEMPLATE_SECONDS", 0.3)
+    tokenizer = copy.copy(thinking_tokenizer)
+    tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match=r"takes more than 0\.3 s"):
+        conversation_packer({}, tokenizer, "chat")
+
+
 def test_a_system_text_that_the_template_ignores_is_refused(thinking_tokenizer):
     tokenizer = copy.copy(thinking_tokenizer)
     tokenizer.chat_template = EACH + "{% if m.role != 'system' %}{{ m.content }}</s>{% endif %}" + END

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from vllava.conversation import Message
+from vllava.conversation import TEMPLATES, Message
 from vllava.data.build import conversation_packer, sample_decoder
 from vllava.data.samples import Medium, Sample, SampleDecoder
 from vllava.data.video import DECODERS
@@ -38,6 +38,7 @@ def answers(
     max_new_tokens: int,
     decoder: str = "auto",
     num_frames: int | None = None,
+    template: str | None = None,
     **sampling: Any,
 ) -> Iterator[str]:
     """Answer questions in one conversation; the media are shown before the first, and encoded once.
@@ -47,9 +48,7 @@ def answers(
     model, tokenizer, description = load(checkpoint, num_frames)
     model.to(best_device())
     decode = sample_decoder(model.specs, description.image_fit, decoder)
-    packer = conversation_packer(
-        model.specs, tokenizer, description.template, template_options=description.template_options
-    )
+    packer = conversation_packer(model.specs, tokenizer, **description.prompt(template))
     shown = [encoded(model, read_medium(kind, path, decode)) for kind, path in media]
     conversation: list[Message] = []
     for question in questions:
@@ -91,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--decoder", default="auto", choices=("auto", *DECODERS), help="of videos (default: %(default)s)"
     )
     parser.add_argument("--num-frames", type=int, help="of a video (default: as in training)")
+    parser.add_argument("--template", choices=TEMPLATES, help="of the prompt (default: as in training)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="of sampling; 0 takes the likeliest token (default: %(default)s)"
     )
@@ -114,6 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.max_new_tokens,
             options.decoder,
             options.num_frames,
+            options.template,
             **sampling,
         ):
             print(answer, flush=True)

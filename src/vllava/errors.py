@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,3 +38,25 @@ def reason(error: BaseException) -> str:
     if not line or isinstance(error, (KeyError, UnicodeError)):  # whose message alone says nothing, or too much
         line = f"{type(error).__name__}{': ' + line if line else ''}"
     return line if len(line) <= 300 else f"{line[:297]}…"
+
+
+@contextmanager
+def time_limit(seconds: float, message: str) -> Iterator[None]:
+    """Raises UserError with the message if what is inside takes longer; for Python code that a stranger wrote.
+
+    Only in a process's main thread, where alone a signal can interrupt; elsewhere there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise UserError(message)
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

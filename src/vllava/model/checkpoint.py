@@ -40,6 +40,12 @@ class Description:
     origin: dict[str, Any] = field(default_factory=dict)  # what the config.json of an imported checkpoint said
     template_options: dict[str, Any] = field(default_factory=dict)  # of the tokenizer's own template
 
+    def prompt(self, template: str | None = None) -> dict[str, Any]:
+        """How to ask: as in training, or with another template."""
+        if template in (None, self.template):
+            return {"template": self.template, "template_options": self.template_options}
+        return {"template": template}
+
 
 def save_trained(model: VideoLlava, tokenizer: Any, description: Description, folder: Path) -> None:
     """Write a checkpoint folder; it appears whole or not at all."""
