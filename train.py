@@ -1,13 +1,11 @@
 """Train, or evaluate, one configuration: `python train.py +experiment=stage2`. See conf/ for what can be run."""
 
-import sys
-
 import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from vllava.config import register_resolvers
-from vllava.errors import UserError
+from vllava.errors import UserError, stop
 from vllava.run import run
 
 register_resolvers()
@@ -23,7 +21,7 @@ def main(cfg: DictConfig) -> None:
             cause = cause.__cause__  # Hydra wraps what a constructor raised
         if cause is None:
             raise
-        sys.exit(f"error: {cause.paragraph}")
+        stop(cause)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from vllava.conversation import TEMPLATES, Message
 from vllava.data.build import conversation_packer, sample_decoder
 from vllava.data.samples import Medium, Sample, SampleDecoder
 from vllava.data.video import DECODERS
-from vllava.errors import UserError
+from vllava.errors import UserError, stop
 from vllava.evaluation.answers import ask, encoded
 from vllava.model.checkpoint import load
 from vllava.model.device import best_device
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         ):
             print(answer, flush=True)
     except UserError as error:
-        sys.exit(f"error: {error.paragraph}")
+        stop(error)
     return 0
 
 

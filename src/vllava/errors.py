@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+log = logging.getLogger(__name__)
 
 
 class UserError(Exception):
@@ -15,6 +20,12 @@ class UserError(Exception):
     def paragraph(self) -> str:
         """The message alone, also where a data worker has wrapped it in its traceback."""
         return str(self).rsplit("UserError: ", 1)[-1].strip()
+
+
+def stop(error: UserError) -> NoReturn:
+    """End a command with the error's paragraph and exit status 1; its traceback goes to the log, if there is one."""
+    log.info("%s", error.paragraph, exc_info=error)
+    sys.exit(f"error: {error.paragraph}")
 
 
 @contextmanager

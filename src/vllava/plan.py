@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, Lla
 
 from vllava.config import CONF, check, register_resolvers
 from vllava.data.shards import read_manifest
-from vllava.errors import UserError
+from vllava.errors import UserError, stop
 from vllava.model.encoders import depth_of, vision_config
 from vllava.model.files import Checkpoint
 from vllava.model.languagebind import VisionTower
@@ -294,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
             _recipe(settings)["samples"] = counted(settings["data"])
         plan = make(settings, options.gpus)
     except UserError as error:
-        sys.exit(f"error: {error.paragraph}")
+        stop(error)
     if options.json:
         print(json.dumps({**vars(plan), "epoch_flops": plan.epoch_flops, "epoch_tokens": plan.epoch_tokens}, indent=1))
     else:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vllava.batch import MediumSpec
 from vllava.data.build import caption_data, conversation_data, conversation_packer, sample_decoder
-from vllava.errors import UserError
+from vllava.errors import UserError, stop
 from vllava.evaluation.answers import answer_all, read_samples
 from vllava.model.build import load_llm, load_tokenizer, video_llava
 from vllava.model.files import Checkpoint
@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, figures in measure(options.assets, options.world).items():
             print(name, *(f"  {key:24}{value:.3f}" for key, value in figures.items()), sep="\n")
     except UserError as error:
-        sys.exit(f"error: {error.paragraph}")
+        stop(error)
     return 0
 
 
