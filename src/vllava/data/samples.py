@@ -35,6 +35,7 @@ class Sample:
     conversation: list[Message]
     media: list[Medium]
     record: dict = field(default_factory=dict)
+    dropped_turns: int = 0  # first turns from gpt, which no question came before
 
 
 @dataclass(frozen=True)
