@@ -1,4 +1,4 @@
-"""Why a sample is broken: in one line that is safe to show, and with the traceback where the reason was not foreseen."""
+"""Why a sample is broken: a line that is safe to show, and the traceback where the reason was not foreseen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def printable(text: str, limit: int = LINE) -> str:
 
 def why(error: Exception) -> str:
     """The reason in words: a UserError's own, else what went wrong and that nobody foresaw it."""
-    return printable(str(error) if isinstance(error, UserError) else f"unexpected {type(error).__name__}: {reason(error)}")
+    return printable(
+        str(error) if isinstance(error, UserError) else f"unexpected {type(error).__name__}: {reason(error)}"
+    )
 
 
 def trace(error: Exception) -> str:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vllava.data.tar import BLOCK, CONTROL, members
-from vllava.errors import UserError, reason, reading
+from vllava.errors import UserError, reading, reason
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 1 << 24  # of a manifest at most, about 80,000 shards
@@ -84,8 +84,9 @@ def _listed(folder: Path, entry: Any) -> tuple[Shard, int | None]:
     """A shard and its size in bytes as the manifest lists them."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise ValueError(f"an entry has no name: {_short(entry)}")
-    name, size = entry["name"], entry.get("bytes")
-    samples = entry.get("samples")
+    name: str = entry["name"]
+    size: Any = entry.get("bytes")
+    samples: Any = entry.get("samples")
     parts = name.split("/")
     if not name or CONTROL.search(name) or not set(parts).isdisjoint(("", "..")) or os.path.isabs(name):
         raise ValueError(f"the name {_short(name)} does not lead to a file in this folder")
@@ -114,7 +115,7 @@ def _check_file(shard: Shard, listed: int | None, manifest: Path, remedy: str) -
     if listed is not None and listed != found.st_size:
         raise UserError(
             f"{shard.path} has {found.st_size} bytes, {manifest} lists it with {_short(listed)}: one of the two was "
-            f"replaced, or the shard was cut. {remedy}"
+            f"replaced, or the shard was cut. Make this shard again, or its manifest. {remedy}"
         )
     if shard.samples * BLOCK > found.st_size or shard.samples > SHARD_SAMPLES:
         raise UserError(

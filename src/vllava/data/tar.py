@@ -48,14 +48,14 @@ def members(file: BinaryIO, end: int) -> Iterator[Member]:
         header = _read(file, place, BLOCK, end)
         if not any(header):
             return _require_end(file, place, end)
-        kind, name, size = _parse(header, place)
+        kind, given, size = _parse(header, place)
         content = place + BLOCK
         if kind in b"xXgLK":
             if size > HEADER_LIMIT:
                 raise ValueError(f"the extended header at byte {place} claims {size} bytes")
             said |= _extended(kind, _read(file, content, size, end), place)
         else:
-            name = _text(said.get("path", name))
+            name = _text(said.get("path", given))
             size = _decimal(said["size"], place) if "size" in said else size
             said = {}
             if kind in b"5" or (kind in b"0\0" and name.endswith("/")):

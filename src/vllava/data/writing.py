@@ -51,8 +51,8 @@ def _checked(key: Any, members: dict, seen: set[str]) -> dict[str, bytes]:
     file = key.rpartition("/")[2] if isinstance(key, str) else ""
     if not file or "." in file or not _is_name(key):
         raise UserError(
-            f"The key {key!r} cannot be written: a key is text without a dot or control characters that does not end "
-            "with a slash, for it ends at the first dot of its files' names. A folder before it may have dots: v1.5/clip."
+            f"The key {key!r} cannot be written: a key is text without a dot or control characters and with no slash "
+            "at its end; the first dot of a file's name ends its key. Folders before it may have dots: v1.5/clip."
         )
     if key in seen:
         raise UserError(f"The key {key!r} comes twice: give every sample of a shard a key of its own.")
@@ -87,7 +87,7 @@ def _is_name(name: str) -> bool:
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
-    """Where to write what becomes `path` when it is whole. Several processes, of several machines, may do so at once."""
+    """Where to write what becomes `path` when it is whole; several processes and machines may do so at once."""
     unfinished = path.with_name(f"{path.name}.{uuid4().hex[:12]}.part")
     try:
         yield unfinished
