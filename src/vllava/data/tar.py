@@ -42,6 +42,9 @@ def members(file: BinaryIO, end: int) -> Iterator[Member]:
     Nothing larger than a header is read. Raises ValueError, which says what and where, for anything that is no tar
     file, is compressed, cut or joined, for links, devices and sparse files, and for sizes the file does not have.
     """
+    start = file.read(8)
+    if packed := next((name for mark, name in PACKED.items() if start.startswith(mark)), None):
+        raise ValueError(f"it is compressed with {packed}: unpack it")
     place = 0
     said: dict[str, bytes] = {}  # by extended headers, of the member that follows
     while True:
@@ -92,8 +95,7 @@ def _parse(header: bytes, place: int) -> tuple[bytes, bytes, int]:
     total = sum(header) - sum(field) + 8 * ord(" ")
     # Some old writers summed bytes with a sign.
     if claimed != total and claimed != total - 256 * sum(byte > 127 for byte in header[:148] + header[156:]):
-        packed = next((name for start, name in PACKED.items() if place == 0 and header.startswith(start)), None)
-        raise ValueError(f"it is compressed with {packed}: unpack it" if packed else f"no tar header at byte {place}")
+        raise ValueError(f"no tar header at byte {place}")
     name = header[:100].split(b"\0")[0]
     prefix = header[345:500].split(b"\0")[0] if header[257:263] == b"ustar\0" else b""
     return header[156:157], prefix + b"/" + name if prefix else name, _number(header[124:136])

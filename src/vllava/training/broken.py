@@ -49,9 +49,7 @@ class BrokenLimit:
         if self.planned and broken > (allowed := self.share * max(self.planned, 100)):
             return f"{limit} allows no more than {allowed:.0f} in this run of {self.planned}"
         if self.evidence(broken, seen) >= -math.log(FALSE_ALARM):
-            return (
-                f"were the true share within {limit}, so many would be seen in less than one run of {1 / FALSE_ALARM:g}"
-            )
+            return f"if the true share were within {limit}, not one run in {1 / FALSE_ALARM:g} would see so many"
         return None
 
     def evidence(self, broken: int, seen: int) -> float:
@@ -60,6 +58,8 @@ class BrokenLimit:
         larger = [odds * factor / (1 + odds * factor) for factor in (1.5, 2, 3, 5, 10, 30, 100)] + [1.0]
         logs = [_times(broken, p / self.share) + _times(seen - broken, (1 - p) / (1 - self.share)) for p in larger]
         highest = max(logs)
+        if highest == -math.inf:
+            return highest
         return highest + math.log(sum(math.exp(value - highest) for value in logs) / len(logs))
 
 
