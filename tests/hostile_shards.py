@@ -1,8 +1,10 @@
 """Shards and manifests as no honest writer makes them, byte by byte."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
 
@@ -85,6 +87,8 @@ REFUSED = {
     "random": (bytes(range(256)) * 8, "no tar header at byte 0"),
     "gzip": (gzip.compress(GOOD), "compressed with gzip"),
     "zstd": (b"\x28\xb5\x2f\xfd" + GOOD, "compressed with zstd"),
+    "bzip2": (bz2.compress(GOOD), "compressed with bzip2"),
+    "xz": (lzma.compress(GOOD), "compressed with xz"),
     "zip": (b"PK\x03\x04" + GOOD, "compressed with zip"),
     "cut in the content": (member(b"a.json", b"x" * 2000)[:1500], "claims 2000 bytes, of which the file has 988"),
     "cut in a header": (member() + header(b"b.json")[:300], "before its end mark"),
@@ -155,6 +159,7 @@ ACCEPTED = {
     "a name in Latin-1": member(b"\xe9t\xe9.json") + END,
     "an absolute name": by_library(("/etc/passwd.json", RECORD)),
     "a name that leads upwards": by_library(("../../a.json", RECORD)),
+    "a name like the mark of bzip2": by_library(("BZh9/a.json", RECORD)),
     "a folder": by_library((entry("f/", tarfile.DIRTYPE), b""), ("f/a.json", RECORD)),
     "an old folder": header(b"f/", kind=b"\0") + member(b"f/a.json") + END,
     "no magic": member(magic=bytes(8), kind=b"\0") + END,

@@ -1,8 +1,7 @@
-"""Whatever a shard or its manifest holds, it is read as what it is or refused in words; nothing else is read or lost."""
+"""Whatever a shard or its manifest holds, it is read as what it is or refused in words; nothing is lost."""
 
 import os
 import re
-import resource
 import subprocess
 import sys
 import tarfile
@@ -26,7 +25,7 @@ def read_one(folder):
 def test_a_shard_that_is_wrong_is_refused_by_its_name(tmp_path, name):
     shard, words = REFUSED[name]
     write_hostile_source(tmp_path / "s", shard)
-    with pytest.raises(UserError) as error:  # by the size in the manifest's check, or when it is opened
+    with pytest.raises(UserError) as error:
         ShardReader([Shard(tmp_path / "s" / "0.tar", 1)], 1).read(0, 0)
     assert str(tmp_path / "s" / "0.tar") in str(error.value) and re.search(words, str(error.value))
     assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
@@ -102,10 +101,10 @@ def test_a_sample_larger_than_a_worker_can_hold_is_not_read(tmp_path):
 
 
 def test_a_shard_cut_while_it_is_open_is_named_not_read_short(tmp_path):
-    (tmp_path / "a.tar").write_bytes(member() + member(b"b.json") + END)
+    (tmp_path / "a.tar").write_bytes(member() + member(b"b.json", bytes(100_000)) + END)
     reader = ShardReader([Shard(tmp_path / "a.tar", 2)], 1)
     reader.read(0, 0)
-    os.truncate(tmp_path / "a.tar", 1100)
+    os.truncate(tmp_path / "a.tar", 50_000)
     with pytest.raises(UserError, match="shorter"):
         reader.read(0, 1)
 
@@ -169,7 +168,7 @@ def test_what_a_header_claims_is_not_allocated(tmp_path):
     paths = [tmp_path / f"{number}.tar" for number in range(len(names))]
     for path, name in zip(paths, names, strict=True):
         path.write_bytes(REFUSED[name][0])
-    assert resource.getpagesize() and len(names) >= 6
+    assert len(names) >= 6
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *paths], capture_output=True, text=True, check=True, timeout=60
     )

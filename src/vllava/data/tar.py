@@ -19,7 +19,7 @@ TAIL_LIMIT = 1 << 26  # bytes after the end mark; writers fill up to a record, 1
 
 PACKED = {
     b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
+    **{b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)},
     b"\xfd7zXZ\0": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\x04\x22\x4d\x18": "lz4",
@@ -42,7 +42,7 @@ def members(file: BinaryIO, end: int) -> Iterator[Member]:
     Nothing larger than a header is read. Raises ValueError, which says what and where, for anything that is no tar
     file, is compressed, cut or joined, for links, devices and sparse files, and for sizes the file does not have.
     """
-    start = file.read(8)
+    start = file.read(16)
     if packed := next((name for mark, name in PACKED.items() if start.startswith(mark)), None):
         raise ValueError(f"it is compressed with {packed}: unpack it")
     place = 0
