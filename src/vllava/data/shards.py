@@ -45,7 +45,8 @@ def read_manifest(folder: str | Path, remedy: str) -> list[Shard]:
     path = folder / MANIFEST
     with reading(path, remedy):
         if not path.is_file():
-            raise UserError(f"No shards at {folder}: {path} does not exist. {remedy}")
+            what = "is not a file" if path.exists() else "does not exist"
+            raise UserError(f"No shards at {folder}: {path} {what}. {remedy}")
         try:
             shards = [_listed(folder, entry) for entry in _entries(path)]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -120,7 +121,8 @@ def _check_file(shard: Shard, listed: int | None, manifest: Path, remedy: str) -
     if shard.samples * BLOCK > found.st_size or shard.samples > SHARD_SAMPLES:
         raise UserError(
             f"{manifest} says that {shard.path} holds {_short(shard.samples)} samples, but the file has "
-            f"{found.st_size} bytes: a sample takes {BLOCK} or more, and a shard holds at most {SHARD_SAMPLES:,}. "
+            f"{found.st_size} bytes: a sample takes {BLOCK} of them or more, and a shard holds at most "
+            f"{SHARD_SAMPLES:,} samples. "
             f"{remedy}"
         )
 
@@ -244,7 +246,9 @@ def _index(shard: Shard, file: BinaryIO) -> Index:
         places = samples.setdefault(key, {})
         if extension in places:
             raise ValueError(f"it holds two files {member.name}")
-        if len(places) == SAMPLE_MEMBERS or len(samples) > 2 * shard.samples + 1000:  # no need to count on
+        if len(places) == SAMPLE_MEMBERS:
+            raise ValueError(f"it holds more than {SAMPLE_MEMBERS} files of the key {key}")
+        if len(samples) > 2 * shard.samples + 1000:  # no need to count on
             raise _miscounted(shard, f"more than {len(samples) - 1}", others)
         places[sys.intern(extension)] = (member.offset, member.size)
     if len(samples) != shard.samples:

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
 HEADER_LIMIT = 1 << 20  # bytes of an extended header; attributes beside the name may be long
+RECORD_LIMIT = 1000  # attributes in an extended header
 NAME_LIMIT = 4096  # characters of a member's name, as of a path in Linux
 TAIL_LIMIT = 1 << 26  # bytes after the end mark; writers fill up to a record, 10 KiB unless told otherwise
 
@@ -134,8 +135,10 @@ def _extended(kind: bytes, content: bytes, place: int) -> dict[str, bytes]:
 
 def _records(content: bytes, place: int) -> Iterator[tuple[bytes, bytes]]:
     """The records `LENGTH KEY=VALUE` of a POSIX extended header."""
-    start = 0
+    start = count = 0
     while start < len(content) and content[start]:
+        if (count := count + 1) > RECORD_LIMIT:
+            raise ValueError(f"the extended header at byte {place} has more than {RECORD_LIMIT} records")
         space = content.find(b" ", start, start + 9)
         stop = start + _decimal(content[start:space], place) if space > 0 else 0
         key, equals, value = content[space + 1 : stop - 1].partition(b"=")
