@@ -1,6 +1,7 @@
 """Questions to a model, the figures made from its answers, and the report."""
 
 import html
+import json
 import re
 from html.parser import HTMLParser
 
@@ -12,10 +13,11 @@ from data_prep import toy_language
 from vllava.data.build import conversation_packer, sample_decoder
 from vllava.data.packing import pack
 from vllava.errors import UserError
-from vllava.evaluation.answers import Answer, answer_all, normalise, pictures, read_samples
-from vllava.evaluation.evaluate import TEMPORAL_TYPES, summary, table, types
+from vllava.evaluation.answers import Answer, answer_all, ask, check_rows, normalise, pictures, read_samples
+from vllava.evaluation.evaluate import TEMPORAL_TYPES, evaluate, summary, table, types
 from vllava.evaluation.report import sample_rows, write_report
 from vllava.model.build import fresh_llm, video_llava
+from vllava.model.checkpoint import Description, save_trained
 
 REMEDY = "Make them with `python -m data_prep.toy eval`."
 
@@ -215,6 +217,134 @@ def test_an_evaluation_stops_at_a_broken_sample_and_names_it(tmp_path):
     write_source(tmp_path / "s", [image_sample("good"), broken], per_shard=2)
     with pytest.raises(UserError, match=r"00000.tar:bad: unreadable image"):
         list(read_samples(tmp_path / "s", sample_decoder(SPECS), REMEDY))
+
+
+UNANSWERED = {
+    "one turn": [{"from": "human", "value": "What colour is the square?"}],
+    "three turns": [
+        {"from": "human", "value": "What colour is the square?"},
+        {"from": "gpt", "value": "red"},
+        {"from": "human", "value": "And the shape?"},
+    ],
+}
+
+
+@pytest.mark.parametrize("turns", UNANSWERED)
+def test_a_question_without_an_answer_is_asked_and_not_scored(tmp_path, model, packer, turns):
+    conversation = UNANSWERED[turns]
+    write_source(tmp_path / "s", [("q", {"id": "q", "conversations": conversation}, [])], per_shard=1)
+    samples = list(read_samples(tmp_path / "s", sample_decoder(SPECS), REMEDY, packer=packer))
+    [found] = answer_all(model, packer, samples, 1, max_new_tokens=4)
+    assert (found.question, found.truth) == (conversation[-1]["value"], None)
+    assert not found.scored and not found.correct
+    alone = ask(model, packer, samples, 4)
+    assert found.answer == alone[0] != ""
+
+
+def test_questions_without_an_answer_are_counted_apart():
+    found = [answer("red"), answer("blue"), answer("red", None), answer("", None, "count")]
+    blind = [answer("blue"), answer("red"), answer("red", None), answer("", None, "count")]
+    assert summary(found, blind) == {"accuracy": 0.5, "blind": 0.5, "chance": 0.5, "n": 2, "unscored": 2}
+    assert summary(found[2:], blind[2:]) == {"accuracy": None, "blind": None, "chance": None, "n": 0, "unscored": 2}
+    assert types(found, blind)["count"]["unscored"] == 1
+    assert table(metrics_of(found, blind)).splitlines()[-1].split() == ["count", "-", "-", "-", "0"]
+
+
+def test_the_report_shows_that_a_question_was_not_scored(tmp_path):
+    decode = sample_decoder(SPECS)
+    write_source(tmp_path / "s", [image_sample("first", 40)], per_shard=1)
+    samples = list(read_samples(tmp_path / "s", decode, REMEDY))
+    answers = [answer("red", None, key="first")]
+    write_report(tmp_path, "Run", metrics_of(answers, answers), sample_rows(samples, answers, decode.preprocess))
+    words = Page((tmp_path / "report.html").read_text()).words
+    assert "not scored" in words and "truth" not in words and "None" not in words
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        ("colour", '"question" is not of the form'),
+        (["colour"], '"question" is not of the form'),
+        (None, '"question" is not of the form'),
+        ({"type": 5}, "type is not text but int"),
+        ({"type": ["colour"]}, "type is not text but list"),
+        ({"options": "red"}, "options are not a list of texts"),
+        ({"options": {"red": 1}}, "options are not a list of texts"),
+        ({"options": [1, 2]}, "options are not a list of texts"),
+        ({"options": None}, "options are not a list of texts"),
+    ],
+)
+def test_a_row_of_an_odd_kind_is_named_before_anything_is_asked(tmp_path, question, words):
+    odd = ("odd", {"id": ["any"], "conversations": talk(placeholder=""), "question": question}, [])
+    write_source(tmp_path / "s", [text_sample("good"), odd], per_shard=2)
+    for read in (check_rows, lambda *a: list(read_samples(a[0], sample_decoder(SPECS), a[1]))):
+        with pytest.raises(UserError, match=rf"00000.tar:odd: .*{words}"):
+            read(tmp_path / "s", REMEDY)
+
+
+@pytest.mark.parametrize(
+    "conversation", [[], [{"from": "gpt", "value": "red"}], [{"from": "human", "value": 5}], "text", None, [5], {}]
+)
+def test_a_conversation_that_asks_nothing_is_named(tmp_path, packer, conversation):
+    write_source(tmp_path / "s", [("odd", {"id": 1, "conversations": conversation}, [])], per_shard=1)
+    with pytest.raises(UserError, match=r"00000.tar:odd: "):
+        list(read_samples(tmp_path / "s", sample_decoder(SPECS), REMEDY, packer=packer))
+
+
+@pytest.mark.parametrize("answered", [5, None, ["red"], {"value": "red"}])
+def test_a_true_answer_that_is_no_text_is_named(tmp_path, answered):
+    turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": answered}]
+    write_source(tmp_path / "s", [("odd", {"id": 1, "conversations": turns}, [])], per_shard=1)
+    with pytest.raises(UserError, match=r"00000.tar:odd: "):
+        list(read_samples(tmp_path / "s", sample_decoder(SPECS), REMEDY))
+
+
+def test_a_question_whose_media_do_not_fit_its_text_is_named_before_it_is_asked(tmp_path, packer):
+    odd = ("odd", {"id": 1, "conversations": talk(placeholder="<image><image>")}, [("jpg", jpeg())])
+    write_source(tmp_path / "s", [image_sample("good"), odd], per_shard=2)
+    with pytest.raises(UserError, match=r"00000.tar:odd: "):
+        list(read_samples(tmp_path / "s", sample_decoder(SPECS), REMEDY, packer=packer))
+
+
+@pytest.fixture
+def checkpoint(make_model, tokenizer, image_folder, video_folder, tmp_path):
+    build = "vllava.model.encoders.ClipEncoder"
+    folders = {"image": image_folder, "video": video_folder}
+    encoders = {kind: {"_target_": build, "path": str(path), "medium": kind} for kind, path in folders.items()}
+    description = Description(encoders, "llm", "vicuna_v1", "crop", ["projector", "llm"])
+    save_trained(make_model(), tokenizer, description, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def ask_all(checkpoint, sources, run_dir):
+    run_dir.mkdir(exist_ok=True)
+    metrics = evaluate(str(checkpoint), {"image": sources}, str(run_dir), REMEDY, max_new_tokens=2, decoder="pyav")
+    rows = [json.loads(line) for line in (run_dir / "answers.jsonl").read_text().splitlines()]
+    assert json.loads((run_dir / "metrics.json").read_text()) == metrics and (run_dir / "report.html").is_file()
+    return metrics, rows
+
+
+def test_an_evaluation_asks_what_has_no_answer_and_says_so(checkpoint, tmp_path, capsys):
+    without = [{"from": "human", "value": "<image>\nWhat colour is the square?"}]
+    bare = ("q", {"id": "q", "conversations": without}, [("jpg", jpeg())])
+    write_source(tmp_path / "bare", [bare], per_shard=1)
+    write_source(tmp_path / "mixed", [image_sample("a"), bare], per_shard=2)
+    metrics, rows = ask_all(checkpoint, {"one": str(tmp_path / "mixed")}, tmp_path / "run")
+    assert (metrics["image"]["n"], metrics["image"]["unscored"]) == (1, 1)
+    assert [(row["key"], row["truth"], row["correct"]) for row in rows] == [("a", "a circle", False), ("q", None, None)]
+    assert rows[1]["question"] == "What colour is the square?"
+    assert "1 of 2 questions have no true answer: asked, not scored" in capsys.readouterr().out
+    metrics, rows = ask_all(checkpoint, {"one": str(tmp_path / "bare")}, tmp_path / "run")
+    assert (metrics["image"]["accuracy"], metrics["image"]["n"], len(rows)) == (None, 0, 1)
+
+
+def test_an_odd_row_of_the_last_source_is_named_before_the_first_is_asked(checkpoint, tmp_path, monkeypatch):
+    odd = ("odd", {"id": 1, "conversations": talk(), "question": {"options": "red"}}, [("jpg", jpeg())])
+    write_source(tmp_path / "good", [image_sample("a")], per_shard=1)
+    write_source(tmp_path / "odd", [odd], per_shard=1)
+    monkeypatch.setattr("vllava.evaluation.evaluate.answer_all", None)
+    with pytest.raises(UserError, match=r"odd/00000.tar:odd: the question's options are not a list of texts"):
+        ask_all(checkpoint, {"one": str(tmp_path / "good"), "two": str(tmp_path / "odd")}, tmp_path / "run")
 
 
 def test_missing_questions_are_an_error_that_ends_with_the_remedy(tmp_path):

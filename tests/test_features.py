@@ -9,6 +9,7 @@ from conftest import TOKENIZER
 from shard_fixtures import image_sample, talk, text_sample, video_sample, write_source
 from torch.testing import assert_close
 
+from data_prep.shards import write_manifest, write_shard
 from vllava.data.build import conversation_data
 from vllava.errors import UserError
 from vllava.features import AT_ONCE, FeatureWriter, use_features
@@ -131,6 +132,66 @@ def test_an_interrupted_encoding_goes_on_with_the_shards_that_are_missing(model,
     assert (folder / "00000.tar").stat().st_mtime_ns == untouched
 
 
+def source_of(folder, parts):
+    """A folder whose manifest lists these shards, `name -> samples`, wherever below it they lie."""
+    entries = []
+    for name, samples in parts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        entries.append({**write_shard(folder / name, samples), "name": name})
+    write_manifest(folder, entries, {})
+    return folder
+
+
+@pytest.mark.parametrize("names", [("a/0.tar", "b/0.tar"), ("0.tar", "0.bin"), ("manifest.tar", "0.json")])
+def test_shards_whose_names_resemble_each_other_keep_features_of_their_own(model, tmp_path, names):
+    parts = {name: [image_sample(f"{i}-{n}", 40 * i + n) for n in range(2)] for i, name in enumerate(names)}
+    source = source_of(tmp_path / "s", parts)
+    data = data_of(model, {"image": [str(source)]}, features="cache")
+    use_features(data, model, SETTINGS, half=False)
+    seen = [key for batches, broken, _ in epoch(model, data) for keys in batches for key in keys if not broken]
+    assert sorted(seen) == ["0-0", "0-1", "1-0", "1-1"]
+
+
+def test_a_shard_rewritten_without_its_manifest_is_encoded_anew(model, tmp_path):
+    source = source_of(tmp_path / "s", {"0.tar": [image_sample("a", 40)]})
+    before = writer(model, {"image": [str(source)]}).folder(source)
+    entry = write_shard(source / "0.tar", [image_sample("a", 41)])
+    assert entry["bytes"] == json.loads((source / "manifest.json").read_text())["shards"][0]["bytes"]
+    assert writer(model, {"image": [str(source)]}).folder(source) != before
+
+
+def test_a_damaged_shard_of_features_is_written_again(model, world, tmp_path):
+    one = writer(model, world)
+    folder = one.write(tmp_path / "videos", "")
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "manifest.json").unlink()  # as where the writer was killed
+    (folder / "00000.tar").write_bytes(whole["00000.tar"][:-1])
+    (folder / "00001.json").write_text("{")
+    one.write(tmp_path / "videos", "")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_a_manifest_that_hides_a_kind_of_media_is_refused(model, tmp_path):
+    """Its features would be kept under a name that does not stand for the encoder that made them."""
+    source = source_of(tmp_path / "s", {"0.tar": [image_sample("a"), video_sample("b")]})
+    manifest = json.loads((source / "manifest.json").read_text())
+    manifest["shards"][0]["modalities"] = {"image": 2}
+    (source / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"0\.tar holds media of kind video, which its manifest does not list"):
+        writer(model, {"image": [str(source)]}).write(source, "")
+
+
+@pytest.mark.parametrize("modalities", [None, 5, [["image"]], {"unreadable": 1}, {}])
+def test_a_manifest_that_says_nothing_of_media_is_no_obstacle(model, tmp_path, modalities):
+    source = source_of(tmp_path / "s", {"0.tar": [image_sample("a")]})
+    manifest = json.loads((source / "manifest.json").read_text())
+    manifest["shards"][0]["modalities"] = modalities
+    (source / "manifest.json").write_text(json.dumps(manifest))
+    data = data_of(model, {"image": [str(source)]}, features="cache")
+    use_features(data, model, SETTINGS, half=False)
+    assert [keys for batches, _, _ in epoch(model, data) for keys in batches] == [["a"]]
+
+
 def test_features_of_another_size_are_refused_by_name_of_the_sample(model, world, tmp_path, make_clip, tokenizer):
     data = data_of(model, world, features="cache")
     use_features(data, model, SETTINGS, half=False)
@@ -138,7 +199,7 @@ def test_features_of_another_size_are_refused_by_name_of_the_sample(model, world
     other = conversation_data(specs, tokenizer, world, ["video"], 7, seed=0, workers=0)
     other.shards = [shard for shard in data.shards if "videos" in str(shard.path)]
     broken = [reason for step in other.train_dataloader() for _, reason in step.broken]
-    assert len(broken) == 5 and "20 features of an encoder, the model takes 99" in broken[0]
+    assert len(broken) == 5 and "features of shape (20, 32), the model's video encoder gives 99" in broken[0]
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_with_the_remedy(model, world, tmp_path):

@@ -1,8 +1,10 @@
 """A run that was interrupted and started again ends as an undisturbed one."""
 
+import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -19,8 +21,19 @@ def command(tmp_path_factory):
     world = tmp_path_factory.mktemp("world")
     make("stage1", world, seed=0, scale=0.04, processes=2)  # 240 samples
     make("eval", world, seed=0, scale=0.02, processes=2)
+    spoil(next((world / "stage1" / "images").glob("*.tar")), pictures=2)
     settings = [f"world={world}", "logger=none", "data.global_batch=12", "data.workers=1", "save_minutes=0"]
     return [sys.executable, "train.py", "+experiment=stage1", *settings]
+
+
+def spoil(shard, pictures):
+    """Overwrite the beginning of a few pictures: broken samples, less than one in a hundred."""
+    with tarfile.open(shard) as tar:
+        places = [member.offset_data for member in tar if member.name.endswith(".jpg")][:pictures]
+    with open(shard, "r+b") as file:
+        for place in places:
+            file.seek(place)
+            file.write(bytes(20))
 
 
 def run(command, **options):
@@ -55,12 +68,21 @@ def stop(command, run_dir, sent, after):
     assert not (run_dir / "checkpoint").exists()
 
 
+def left_out(run_dir):
+    """Step, key and reason of each broken sample."""
+    rows = [json.loads(line) for line in (run_dir / "broken.jsonl").read_text().splitlines()]
+    return [(row["step"], row["key"], row["reason"]) for row in rows]
+
+
 def assert_ended_as(whole, broken):
     assert steps(broken) == 20
     first, second = (load_file(folder / "checkpoint" / "projector.safetensors") for folder in (whole, broken))
     for name, value in first.items():
         assert (value - second[name]).abs().max() < 1e-6
     assert not (broken / "resume.ckpt").exists()
+    lists = [left_out(folder) for folder in (whole, broken)]
+    assert lists[0] == lists[1] and len(lists[0]) == 2
+    assert json.loads((broken / "metrics.json").read_text())["broken"] == 2
 
 
 def test_a_run_that_was_interrupted_and_then_killed_ends_with_the_same_weights(command, whole, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from shard_fixtures import (
 )
 
 from data_prep.shards import modality, write_shard
+from vllava.batch import MediumSpec
 from vllava.data.build import sample_decoder
 from vllava.data.media import Preprocess
 from vllava.data.shards import Shard, ShardReader, epoch_order, read_manifest
+from vllava.data.writing import write_tar as write_members
 from vllava.errors import UserError
 
 REMEDY = "Make them with `python -m data_prep.toy stage1`."
@@ -141,6 +144,130 @@ def test_frames_are_written_as_they_are_read(tmp_path):
     assert [members[f"0.frame{i:02d}.jpg"] for i in range(4)] == frames
 
 
+@pytest.mark.parametrize("count", [1, 10, 99, 100, 101, 128, 1001])
+def test_the_names_of_any_number_of_frames_sort_as_the_frames_do(tmp_path, count):
+    frames = [b"frame %d" % index for index in range(count)]
+    record = {"id": "a", "conversations": talk(placeholder="<video>")}
+    write_shard(tmp_path / "0.tar", [("a", record, [("jpg", frames)])])
+    _, members = ShardReader([Shard(tmp_path / "0.tar", 1)], 1).read(0, 0)
+    names = sorted(name for name in members if name != "json")
+    assert [members[name] for name in names] == frames
+    assert [int(name.split(".")[1].removeprefix("frame")) for name in names] == list(range(count))
+
+
+def test_128_prepared_frames_are_a_video_in_their_order(tmp_path):
+    frames = [jpeg(shade) for shade in range(60, 188)]
+    record = {"id": "a", "conversations": talk(placeholder="<video>")}
+    write_shard(tmp_path / "0.tar", [("a", record, [("jpg", frames)])])
+    decoder = sample_decoder({"video": MediumSpec(32, 8, 128)})
+    (medium,) = decoder(*ShardReader([Shard(tmp_path / "0.tar", 1)], 1).read(0, 0)).media
+    shades = [mean_shade(frame) for frame in medium.pixels]
+    assert shades == pytest.approx(list(range(60, 188)), abs=1.5)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+RECORD = {"id": "a", "conversations": talk(placeholder="")}
+
+
+@pytest.mark.parametrize(
+    "key", ["", "clip.v1", ".", "..", "a/", "/a", "a//b", "./a", "../a", "a/../b", "v1.5/clip.v2", "a\0b", "a\nb"]
+)
+def test_a_key_that_would_not_be_read_again_is_refused_before_a_shard_appears(tmp_path, key):
+    with pytest.raises(UserError, match=f"The key {re.escape(repr(key))} cannot be written"):
+        write_shard(tmp_path / "0.tar", [("good", RECORD, []), (key, RECORD, [])])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", [5, None, b"a", ("a",), "\ud800", "a" * 5000])
+def test_a_key_that_is_no_text_or_endless_is_refused(tmp_path, key):
+    with pytest.raises(UserError, match=re.escape(repr(key))):
+        write_shard(tmp_path / "0.tar", [(key, RECORD, [])])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_equal_keys_are_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="The key 'clip' comes twice"):
+        write_shard(tmp_path / "0.tar", [("clip", RECORD, []), ("other", RECORD, []), ("clip", RECORD, [])])
+
+
+@pytest.mark.parametrize(
+    "record", [{"a": float("nan")}, {"a": float("inf")}, {"a": b"x"}, {"a": {1, 2}}, {"a": "\ud800"}, {("a",): 1}]
+)
+def test_a_record_that_is_no_json_is_refused_by_the_key(tmp_path, record):
+    with pytest.raises(UserError, match="The record of 'clip' cannot be written as JSON"):
+        write_shard(tmp_path / "0.tar", [("clip", record, [])])
+
+
+@pytest.mark.parametrize(
+    ("medium", "words"),
+    [
+        (("jpg", "text"), "is not bytes but str"),
+        (("jpg", None), "is not bytes but NoneType"),
+        (("jpg", [b"x", "text"]), "is not bytes but str"),
+        (("jpg", []), "has no frames"),
+        ((".jpg", b"x"), "write jpg"),
+        ((5, b"x"), "write jpg"),
+        (("a/b", b"x"), "extension '0.a/b'"),
+        (("j\npg", b"x"), "extension '0.j"),
+    ],
+)
+def test_a_medium_that_could_not_be_read_again_is_refused_by_the_key(tmp_path, medium, words):
+    with pytest.raises(UserError, match=rf"'clip'.*{words}"):
+        write_shard(tmp_path / "0.tar", [("clip", RECORD, [medium])])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("extension", ["", "_x", "__key__", "a/b", "a\0", 5])
+def test_an_extension_that_would_not_be_read_again_is_refused(tmp_path, extension):
+    with pytest.raises(UserError, match="'clip' cannot have a file of the extension"):
+        write_members(tmp_path / "0.tar", [("clip", {extension: b"x"})])
+
+
+def test_a_sample_without_files_is_refused_for_it_would_be_lost(tmp_path):
+    with pytest.raises(UserError, match="'clip' has no files"):
+        write_members(tmp_path / "0.tar", [("clip", {})])
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(samples=st.lists(st.tuples(words, st.dictionaries(words, st.binary(max_size=600), max_size=3)), max_size=4))
+def test_what_is_written_is_read_again_as_it_was_given_and_all_else_is_refused(tmp_path_factory, samples):
+    path = tmp_path_factory.mktemp("s") / "0.tar"
+    try:
+        entry = write_members(path, samples)
+    except UserError:
+        assert not path.exists()
+        return
+    assert (entry["samples"], entry["bytes"]) == (len(samples), path.stat().st_size)
+    assert read_all([Shard(path, len(samples))]) == [(key, dict(sorted(files.items()))) for key, files in samples]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    key=st.from_regex(r"\A([a-z.é]{1,5}/)?[a-z é_-]{1,40}\Z"),
+    files=st.dictionaries(st.from_regex(r"\A[a-z0-9][a-z.]{0,9}\Z"), st.binary(max_size=9), min_size=1),
+)
+def test_ordinary_keys_and_extensions_are_written(tmp_path_factory, key, files):
+    path = tmp_path_factory.mktemp("s") / "0.tar"
+    write_members(path, [(key, files)])
+    assert read_all([Shard(path, 1)]) == [(key, dict(sorted(files.items())))]
+
+
+def test_an_interrupted_writer_leaves_nothing_and_an_older_shard_whole(tmp_path):
+    def samples():
+        yield "a", {"json": b"new"}
+        raise KeyboardInterrupt
+
+    write_members(tmp_path / "0.tar", [("a", {"json": b"old"})])
+    with pytest.raises(KeyboardInterrupt):
+        write_members(tmp_path / "0.tar", samples())
+    assert read_all([Shard(tmp_path / "0.tar", 1)]) == [("a", {"json": b"old"})]
+    assert [path.name for path in tmp_path.iterdir()] == ["0.tar"]
+
+
 def test_too_few_prepared_frames_are_an_error():
     members = {"json": json.dumps({"conversations": talk(placeholder="<video>")}).encode()}
     members |= {f"0.frame{i:02d}.jpg": jpeg() for i in range(5)}
@@ -156,10 +283,24 @@ def test_a_medium_without_an_encoder_is_an_error():
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("hello", "text"), ("<image>\nhi", "image"), ("hi\n<video>", "video"), ("<image><video>", "mixed")],
+    [
+        ("hello", "text"),
+        ("<image>\nhi", "image"),
+        ("hi\n<video>", "video"),
+        ("<image><video>", "mixed"),
+        ("<image>\nis there a <video> tag?", "image"),
+    ],
 )
-def test_the_manifest_names_a_samples_modality_by_its_placeholders(text, expected):
-    assert modality({"conversations": talk(question=text, placeholder="")}) == expected
+def test_the_manifest_names_a_samples_modality_by_its_media(text, expected):
+    files = {"text": [], "image": [jpeg()], "video": [b"a video"], "mixed": [jpeg(), b"a video"]}[expected]
+    record = {"json": json.dumps({"conversations": talk(question=text, placeholder="")}).encode()}
+    assert modality({**record, **{f"{number}.bin": file for number, file in enumerate(files)}}) == expected
+
+
+def test_text_about_tags_is_text_and_what_is_no_sample_is_unreadable():
+    record = {"json": json.dumps({"conversations": talk("What is <video>?", "<image> is none.", "")}).encode()}
+    assert modality(record) == "text"
+    assert modality({**record, "0.jpg": jpeg(), "1.jpg": jpeg()}) == modality({"json": b"{"}) == "unreadable"
 
 
 # --- the order of an epoch --------------------------------------------------------------------------------------------
@@ -250,18 +391,21 @@ def test_a_count_that_disagrees_with_the_tar_is_an_error(source, claimed):
 
 def test_a_file_that_is_no_tar_is_an_error(source):
     (source / "00000.tar").write_bytes(b"no tar at all" * 200)
+    write_plain_manifest(source, {"00000.tar": 4})
     with pytest.raises(UserError, match=r"00000.tar cannot be read as a tar file"):
         read_all(read_manifest(source, REMEDY))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.999])
-def test_a_truncated_shard_is_an_error(source, share):
+def test_a_truncated_shard_is_an_error_whether_or_not_the_manifest_knows_its_size(source, share):
     path = source / "00000.tar"
     with tarfile.open(path) as tar:
         last = tar.getmembers()[-1]
     path.write_bytes(path.read_bytes()[: int((last.offset_data + last.size) * share)])
+    with pytest.raises(UserError, match=rf"00000.tar has {path.stat().st_size} bytes, .*manifest.json lists it with"):
+        read_manifest(source, REMEDY)
     with pytest.raises(UserError, match=r"00000.tar .*Make this shard again"):
-        read_all(read_manifest(source, REMEDY))
+        read_all([Shard(path, 4)])
 
 
 class Bomb:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -311,6 +312,69 @@ def test_broken_samples_are_not_replaced_and_reach_the_step_from_a_worker(tmp_pa
     assert sorted(key.split(":")[-1] for step in steps for key, _ in step.broken) == [key for key, _, _ in bad]
     assert [step.samples for step in steps] == [5, 5, 5, 5]
     assert all(len(keys_of(step)) + len(step.broken) == step.samples for step in steps)
+
+
+class Unforeseen:
+    """A decoder of samples that fails at some keys as no library should."""
+
+    def __init__(self, decode, errors):
+        self.decode, self.errors = decode, errors
+
+    def __call__(self, key, members):
+        if key in self.errors:
+            raise self.errors[key]
+        return self.decode(key, members)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_goes_wrong_with_a_sample_makes_it_a_broken_one(tmp_path, tokenizer, workers):
+    write_source(tmp_path / "s", [text_sample(f"k{i}") for i in range(5)], per_shard=5)
+    data = data_of(tmp_path, tokenizer, sources={"text": [str(tmp_path / "s")]}, workers=workers)
+    errors = {
+        "k0": ZeroDivisionError("by zero"),
+        "k1": MemoryError(),
+        "k2": RecursionError("too deep"),
+        "k3": KeyError("x"),
+    }
+    data.decode = Unforeseen(data.decode, errors)
+    [step] = epoch(data)
+    assert keys_of(step) == ["k4"] and step.samples == 5
+    reasons = {key.split(":")[-1]: reason for key, reason in step.broken}
+    assert reasons == {
+        "k0": "unexpected ZeroDivisionError: by zero",
+        "k1": "unexpected MemoryError: MemoryError",
+        "k2": "unexpected RecursionError: too deep",
+        "k3": "unexpected KeyError: KeyError: 'x'",
+    }
+    assert sorted(step.tracebacks) == sorted(key for key, _ in step.broken)
+    assert all("in __call__" in text and "raise self.errors[key]" in text for text in step.tracebacks.values())
+
+
+def test_ctrl_c_is_no_broken_sample(tmp_path, tokenizer):
+    write_source(tmp_path / "s", [text_sample("k0")], per_shard=1)
+    data = data_of(tmp_path, tokenizer, sources={"text": [str(tmp_path / "s")]})
+    data.decode = Unforeseen(data.decode, {"k0": KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        epoch(data)
+
+
+def test_a_reason_is_one_short_line_without_what_a_terminal_obeys(tmp_path, tokenizer):
+    write_source(tmp_path / "s", [text_sample("k0")], per_shard=1)
+    data = data_of(tmp_path, tokenizer, sources={"text": [str(tmp_path / "s")]})
+    data.decode = Unforeseen(data.decode, {"k0": UserError("a\nb\x1b[2J\ud800\u202e" + "x" * 10**6)})
+    [step] = epoch(data)
+    [(_, reason)] = step.broken
+    assert reason.startswith(r"a\nb\x1b[2J\ud800\u202exxx") and len(reason) == 1000
+    assert step.tracebacks == {}  # it was foreseen
+
+
+def test_first_turns_that_were_dropped_are_counted_of_the_samples_that_are_used(tmp_path, tokenizer):
+    write_source(tmp_path / "s", [text_sample(f"k{i}") for i in range(4)], per_shard=4)
+    data = data_of(tmp_path, tokenizer, sources={"text": [str(tmp_path / "s")]})
+    decode = data.decode
+    data.decode = lambda key, members: replace(decode(key, members), dropped_turns=int(key == "k1") + int(key > "k1"))
+    [step] = epoch(data)
+    assert step.dropped_turns == 3
 
 
 def test_a_step_of_broken_samples_alone_has_no_micro_batch(tmp_path, tokenizer):

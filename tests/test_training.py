@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from datetime import timedelta
 
 import lightning as L
@@ -21,6 +22,7 @@ from vllava.model.build import load_llm, video_llava
 from vllava.model.checkpoint import load, load_projector, read_description
 from vllava.model.encoders import ClipEncoder
 from vllava.model.files import replacing
+from vllava.training.broken import BrokenLimit, BrokenList
 from vllava.training.stage import Stage
 from vllava.training.task import Recipe, freeze_all_but
 
@@ -243,21 +245,74 @@ def test_updates_are_those_of_adamw(model, step):
 def test_broken_samples_are_counted_and_logged_with_key_and_reason(model, step, caplog):
     step.broken = [("shard.tar:0007", "unreadable image")]
     step.samples += 1
+    step.dropped_turns = 2
     with caplog.at_level(logging.WARNING):
         task, _ = fit(model, ["projector"], [step])
     assert task.broken == [("shard.tar:0007", "unreadable image")]
-    assert task.samples_seen == 6
+    assert (task.samples_seen, task.samples_broken, task.turns_dropped) == (6, 1, 2)
     assert "shard.tar:0007: unreadable image" in caplog.text
+    facts = task.facts()
+    assert (facts["samples"], facts["broken"], facts["dropped_first_turns"]) == (6, 1, 2)
+    assert "1 of 6 samples (16.67%) were broken and left out, more than task.max_broken_share=0.01" in facts["warning"]
 
 
-@pytest.mark.parametrize(("share", "allowed"), [(0.01, 1), (0.1, 10), (0.0, 0)])
+def test_a_run_within_its_limit_has_no_warning(model, step):
+    step.broken = [("shard.tar:0007", "unreadable image")]
+    task, _ = fit(model, ["projector"], [step], max_broken_share=0.2)
+    assert "warning" not in task.facts()
+
+
+@pytest.mark.parametrize(("share", "allowed"), [(0.01, 3), (0.1, 14), (0.0, 0)])
 def test_more_broken_samples_than_the_limit_stop_the_run(share, allowed, model, step):
-    """The share is judged over at least a hundred samples, so that one broken sample at the start stops nothing."""
-    steps = [Step(step.micro_batches, step.samples, [(f"key{n}", "no answer")]) for n in range(allowed + 1)]
+    """A third of the samples is broken. One broken sample at the start stops nothing, unless none is allowed."""
+    limit = BrokenLimit(share)
+    assert limit.exceeded(allowed, 3 * max(allowed, 1)) is None and limit.exceeded(allowed + 1, 3 * (allowed + 1))
+    steps = [Step(step.micro_batches, 3, [(f"key{n}", "no answer")]) for n in range(allowed + 1)]
     if allowed:
         fit(model, ["projector"], steps[:allowed], max_broken_share=share)
-    with pytest.raises(UserError, match=rf"(?s){allowed + 1} of the first .* samples.*key{allowed}: no answer"):
+    seen = rf"{allowed + 1} of the first {3 * (allowed + 1)} samples are broken"
+    with pytest.raises(
+        UserError, match=rf"{seen}: .*max_broken_share={share:g}.*The last one: key{allowed}: no answer"
+    ):
         fit(model, ["projector"], steps, max_broken_share=share)
+
+
+class Listed(L.Callback):
+    """Gives the task its list, and writes down in which step each process ended, and why."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def setup(self, trainer, task, stage):
+        task.broken_list = BrokenList(self.folder / "broken.jsonl")
+        take = task.training_step
+
+        def step(*arguments):
+            try:
+                take(*arguments)
+            except UserError as error:
+                (self.folder / f"rank{trainer.global_rank}").write_text(f"{trainer.global_step} {error}")
+                deadline = time.time() + 30  # the first process to end takes the others with it
+                while len(list(self.folder.glob("rank*"))) < trainer.world_size and time.time() < deadline:
+                    time.sleep(0.05)
+                raise
+
+        task.training_step = step
+
+
+def test_two_processes_stop_in_the_same_step_and_list_what_both_left_out(model, step, tmp_path):
+    good, bad = step.micro_batches, [(f"key{n}", f"reason {n}") for n in range(4)]
+    first = [Step(good, 2), Step(good, 2), Step(good, 2)]
+    second = [Step(good, 2, bad[:1], {"key0": "Traceback of key0"}), Step([], 2, bad[1:3]), Step([], 1, bad[3:])]
+    with pytest.raises(Exception, match="key2: reason 2"):
+        fit(model, ["projector"], first, second, callbacks=[Listed(tmp_path)], max_broken_share=0.01)
+    messages = {(tmp_path / f"rank{rank}").read_text() for rank in range(2)}
+    assert len(messages) == 1 and messages.pop().startswith("1 3 of the first 8 samples are broken")
+    assert [json.loads(line) for line in (tmp_path / "broken.jsonl").read_text().splitlines()] == [
+        {"step": 1, "key": "key0", "reason": "reason 0", "traceback": "Traceback of key0"},
+        {"step": 2, "key": "key1", "reason": "reason 1"},
+        {"step": 2, "key": "key2", "reason": "reason 2"},
+    ]
 
 
 def test_step_whose_samples_are_all_broken_changes_nothing(model, step):

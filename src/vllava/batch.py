@@ -94,6 +94,8 @@ class Step(_Movable):
     micro_batches: list  # of Batch or CaptionBatch
     samples: int  # drawn for this rank, broken ones included
     broken: list[tuple[str, str]] = field(default_factory=list)  # (sample key, reason)
+    tracebacks: dict[str, str] = field(default_factory=dict)  # by key, of those whose reason nobody foresaw
+    dropped_turns: int = 0  # first turns from gpt, which no question came before
 
 
 def idle_batch() -> Batch:

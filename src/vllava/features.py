@@ -20,15 +20,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vllava.data.broken import why
 from vllava.data.datamodule import DataModule
-from vllava.data.samples import BROKEN, FEATURES, Sample, SampleDecoder
-from vllava.data.shards import Shard, ShardReader, read_manifest
-from vllava.data.writing import MANIFEST, sha256_of, write_json, write_manifest, write_tar
+from vllava.data.record import FEATURES
+from vllava.data.samples import BROKEN, Sample, SampleDecoder
+from vllava.data.shards import MANIFEST, Shard, ShardReader, read_manifest, read_sources
+from vllava.data.writing import sha256_of, write_json, write_manifest, write_tar
 from vllava.errors import UserError
 from vllava.model.device import best_device
 from vllava.model.video_llava import VideoLlava
 
 AT_ONCE = 16  # samples whose media are encoded together
+FORMAT = 2  # of what is written, or of how media are read before: another number, and all is encoded anew
 
 
 def use_features(data: DataModule, model: VideoLlava, encoders: dict[str, Any], half: bool) -> None:
@@ -39,11 +42,8 @@ def use_features(data: DataModule, model: VideoLlava, encoders: dict[str, Any], 
     """
     assert isinstance(data.decode, SampleDecoder)
     writer = FeatureWriter(model, data.decode, encoders, half, data.workers)
-    data.shards = [
-        shard
-        for folder in data.sources
-        for shard in read_manifest(writer.write(Path(folder), data.remedy), data.remedy)
-    ]
+    folders = [writer.write(Path(folder), data.remedy) for folder in data.sources]
+    data.shards = read_sources(folders, "Delete features/ there, and the next run writes them anew.")
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,39 @@ class FeatureWriter:
     half: bool
     workers: int = 0
 
-    def folder(self, source: Path) -> Path:
-        """Where the features of a folder of shards belong; the folder itself if there is nothing to encode."""
-        manifest = json.loads((source / MANIFEST).read_text())
-        held = {kind for shard in manifest["shards"] for kind in shard.get("modalities", {"mixed": 1})}
-        if held <= {"text"}:
+    def folder(self, source: Path, remedy: str = "") -> Path:
+        """Where the features of a folder of shards belong; the folder itself if there is nothing to encode.
+
+        Its name stands for the manifest, and for the sizes and times of the shards: one that was rewritten without its
+        manifest is encoded anew. So is a copy that does not keep times.
+        """
+        shards = read_manifest(source, remedy)
+        kinds = self._kinds(source)
+        if not kinds:
             return source
-        kinds = held if held <= set(self.model.encoders) else set(self.model.encoders)
         made_by = {
-            "shards": sha256_of(source / MANIFEST),
+            "format": FORMAT,
+            "manifest": sha256_of(source / MANIFEST),
+            "shards": [_state(shard.path) for shard in shards],
             "encoders": {kind: self._identity(kind) for kind in sorted(kinds)},
             "preprocessing": asdict(self.decode.preprocess),
-            "decoder": type(self.decode.video_decoder).__name__,
+            "decoder": _settings(self.decode.video_decoder),
             "dtype": str(self._dtype),
         }
         key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
         return source / "features" / key
 
+    def _kinds(self, source: Path) -> set[str]:
+        """The media that the manifest's shards hold, as far as it says; otherwise all that the model takes."""
+        entries = json.loads((source / MANIFEST).read_text())["shards"]
+        counts = [entry.get("modalities") for entry in entries]
+        said = {kind for count in counts if isinstance(count, dict) for kind in count} - {"text"}
+        known = all(isinstance(count, dict) for count in counts) and said <= set(self.model.encoders)
+        return said if known else set(self.model.encoders)
+
     def _identity(self, kind: str) -> dict[str, Any]:
         settings = {name: value for name, value in self.encoders[kind].items() if name != "path"}
-        return {**settings, "sha256": self.model.encoder(kind).sha256}
+        return {**settings, "spec": asdict(self.decode.specs[kind]), "sha256": self.model.encoder(kind).sha256}
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -87,15 +100,15 @@ class FeatureWriter:
         Several processes may do so at once: each skips the shards that another one has finished. Raises UserError
         if the folder cannot be written.
         """
-        folder = self.folder(source)
+        folder = self.folder(source, remedy)
         if folder == source or (folder / MANIFEST).is_file():
             return folder
-        shards = read_manifest(source, remedy)
+        shards, kinds = read_manifest(source, remedy), self._kinds(source)
         self.model.encoders.to(device_of_this_process())
         print(f"encoding the media of {source}, once, to {folder}", flush=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            entries = [self._entry(shard, folder) for shard in shards]
+            entries = [self._entry(shard, folder / f"{number:05d}.tar", kinds) for number, shard in enumerate(shards)]
             write_manifest(folder, entries, {"features_of": str(source), "encoders": self.encoders})
         except OSError as error:
             raise UserError(
@@ -104,32 +117,52 @@ class FeatureWriter:
             ) from error
         return folder
 
-    def _entry(self, shard: Shard, folder: Path) -> dict:
-        """The manifest entry of one shard of features, which is written if it does not exist."""
-        path = folder / shard.path.name
-        entry = path.with_suffix(".json")
-        if not entry.is_file():
-            write_json(entry, write_tar(path, self._encoded(shard)))
-        return json.loads(entry.read_text())
+    def _entry(self, shard: Shard, path: Path, kinds: set[str]) -> dict:
+        """The manifest entry of one shard of features, which is written if it does not lie there whole.
 
-    def _encoded(self, shard: Shard) -> Iterator[tuple[str, dict[str, bytes]]]:
+        Shards of features are numbered as the manifest lists their sources, of which two in different folders may have
+        one name.
+        """
+        kept = path.with_suffix(".json")
+        try:
+            entry = json.loads(kept.read_text())
+            if entry["name"] == path.name and entry["bytes"] == path.stat().st_size:
+                return entry
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # not there, or not whole
+        entry = write_tar(path, self._encoded(shard, kinds))
+        write_json(kept, entry)
+        return entry
+
+    def _encoded(self, shard: Shard, kinds: set[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
         """The samples of a shard, their media replaced."""
+        broken = 0
         loader: DataLoader = DataLoader(
             _Decoded(shard, self.decode), batch_size=AT_ONCE, collate_fn=list, num_workers=self.workers
         )
         for rows in loader:
-            features = self._features([sample for _, _, sample in rows if isinstance(sample, Sample)])
+            samples = [sample for _, _, sample in rows if isinstance(sample, Sample)]
+            found = {medium.kind for sample in samples for medium in sample.media}
+            if not found <= kinds:
+                raise UserError(
+                    f"{shard.path} holds media of kind {', '.join(sorted(found - kinds))}, which its manifest does not "
+                    "list under modalities. Write the manifest again, or choose data.features=online."
+                )
+            features = self._features(samples)
             for key, record, sample in rows:
                 if isinstance(sample, str):
+                    broken += 1
                     yield key, {**record, BROKEN: sample.encode()}
                     continue
                 media = {
-                    f"{number}.{medium.kind}{FEATURES}": safetensors.torch.save(
+                    f"{number}.{medium.kind}.{FEATURES}": safetensors.torch.save(
                         {"features": next(features[medium.kind])}
                     )
                     for number, medium in enumerate(sample.media)
                 }
                 yield key, {**record, **media}
+        if broken:
+            print(f"{shard.path}: {broken} of {shard.samples} samples are broken, and kept as such", flush=True)
 
     @torch.no_grad()
     def _features(self, samples: list[Sample]) -> dict[str, Iterator[Tensor]]:
@@ -143,6 +176,22 @@ class FeatureWriter:
                     encoded = self.model.encoders[kind](torch.stack(pixels).to(device))
                 given[kind] = iter(encoded.to("cpu", self._dtype).contiguous().unbind())
         return given
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes when a file is written again."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _settings(part: Any) -> Any:
+    """A part's class and the public values it was made with, as JSON can hold them."""
+    if isinstance(part, (str, int, float)) or part is None:
+        return part
+    if isinstance(part, (list, tuple)):
+        return [_settings(item) for item in part]
+    values = vars(part) if hasattr(part, "__dict__") else {}
+    return [type(part).__name__, {name: _settings(values[name]) for name in values if not name.startswith("_")}]
 
 
 def device_of_this_process() -> torch.device:
@@ -162,9 +211,11 @@ class _Decoded(Dataset):
         return self.reader.shards[0].samples
 
     def __getitem__(self, index: int) -> tuple[str, dict[str, bytes], Sample | str]:
-        key, members = self.reader.read(0, index)
-        record = {"json": members["json"]} if "json" in members else {}
+        key = self.reader.key(0, index)
+        record: dict[str, bytes] = {}
         try:
+            members = self.reader.read(0, index)[1]
+            record = {"json": members["json"]} if "json" in members else {}
             return key, record, self.decode(key, members)
-        except UserError as error:
-            return key, record, str(error)
+        except Exception as error:  # whatever is wrong with a stranger's sample
+            return key, record, why(error)

@@ -29,6 +29,7 @@ from vllava.model.checkpoint import load_projector
 from vllava.model.device import computes_in_bf16
 from vllava.model.precision import halve_frozen
 from vllava.model.video_llava import VideoLlava
+from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, SaveToResume, Throughput, progress_bar
 from vllava.training.loggers import log_samples
 from vllava.training.task import Task
@@ -84,6 +85,7 @@ def train(cfg: DictConfig) -> None:
     if cfg.projector:
         load_projector(model, Path(cfg.projector))
     task: Task = instantiate(cfg.task)(model=model)
+    task.broken_list = BrokenList(run_dir / "broken.jsonl")
     task.check(settings)
     data = instantiate(cfg.data, _convert_="all")(specs=task.specs, tokenizer=tokenizer)
     if data.wants_features:
@@ -107,11 +109,9 @@ def train(cfg: DictConfig) -> None:
     if (run_dir / RESUME).is_dir():  # DeepSpeed's
         shutil.rmtree(run_dir / RESUME)
     (run_dir / RESUME).unlink(missing_ok=True)
-    facts = {
-        "samples": task.samples_seen * trainer.world_size,
-        "broken": len(task.broken),
-        "seconds": round(time.time() - started, 1),
-    }
+    facts = {**task.facts(), "seconds": round(time.time() - started, 1)}
+    if "warning" in facts:
+        print(f"warning: {facts['warning']}")
     metrics = history.finish(facts)
     rows = preview.rows(task.model) if preview else []
     log_samples(trainer.logger, rows)

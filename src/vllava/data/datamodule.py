@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vllava.batch import Step
+from vllava.data.broken import trace, why
 from vllava.data.samples import Sample
-from vllava.data.shards import Shard, ShardReader, epoch_order, read_manifest
+from vllava.data.shards import Shard, ShardReader, epoch_order, read_sources
 from vllava.errors import UserError
 
 Decoder = Callable[[str, dict[str, bytes]], Sample]  # a key and its members by extension, to a sample
@@ -29,7 +30,11 @@ class Assembler(Protocol):
 
 
 class ShardDataset(Dataset):
-    """Maps a list of (shard, index) rows to a Step; a broken sample is reported in it, never replaced."""
+    """Maps a list of (shard, index) rows to a Step; a broken sample is reported in it, never replaced.
+
+    Whatever goes wrong with one sample makes it a broken one. A shard that cannot be read as a whole raises UserError:
+    it is more than one sample, and nobody knows which.
+    """
 
     def __init__(self, shards: list[Shard], decode: Decoder, assembler: Assembler, open_shards: int) -> None:
         self.reader = ShardReader(shards, open_shards)
@@ -37,14 +42,21 @@ class ShardDataset(Dataset):
         self.assembler = assembler
 
     def __getitem__(self, rows: np.ndarray) -> Step:
-        prepared, broken = [], []
-        for shard, index in rows:
-            key, members = self.reader.read(int(shard), int(index))
+        prepared = []
+        step = Step([], samples=len(rows))
+        for shard, index in rows.tolist():
+            key = f"{self.reader.shards[shard].path}:{self.reader.key(shard, index)}"
             try:
-                prepared.append(self.assembler.prepare(self.decode(key, members)))
-            except UserError as error:
-                broken.append((f"{self.reader.shards[shard].path}:{key}", str(error)))
-        return Step(self.assembler.collate(prepared) if prepared else [], samples=len(rows), broken=broken)
+                sample = self.decode(*self.reader.read(shard, index))
+                prepared.append(self.assembler.prepare(sample))
+                step.dropped_turns += sample.dropped_turns
+            except Exception as error:  # of a stranger's sample: memory and recursion errors among them
+                step.broken.append((key, why(error)))
+                if text := trace(error):
+                    step.tracebacks[key] = text
+        if prepared:
+            step.micro_batches = self.assembler.collate(prepared)
+        return step
 
 
 class GlobalBatchSampler(Sampler):
@@ -69,7 +81,7 @@ class GlobalBatchSampler(Sampler):
 
 
 class DataModule(L.LightningDataModule):
-    """Streams the training shards of several sources, mixed, each sample once per epoch.
+    """Streams the training shards of several sources, mixed, each sample once per epoch. No shard may be named twice.
 
     sources: folders of shards; remedy: the sentence that ends a missing-shards error;
     global_batch: samples per optimiser step, over all devices; workers: loader processes (-1: cores - 1, at most 8);
@@ -93,7 +105,7 @@ class DataModule(L.LightningDataModule):
         if not sources:
             raise UserError("data.sources is empty: name at least one folder of shards.")
         self.sources, self.remedy = sources, remedy
-        self.shards = [shard for folder in sources for shard in read_manifest(folder, remedy)]
+        self.shards = read_sources(sources, remedy)
         self.decode, self.assembler = decode, assembler
         self.wants_features = wants_features
         self.global_batch, self.seed, self.shuffle_window = global_batch, seed, shuffle_window

@@ -87,7 +87,7 @@ def _as_shown(picture: Image.Image) -> Image.Image:
     picture.load()
     if picture.mode.startswith("I") or picture.mode == "F":
         picture = _to_8_bits(picture)
-    upright = _UPRIGHT.get(_orientation(picture))
+    upright = _UPRIGHT.get(_orientation(picture) or 1)
     if upright is not None:
         picture = picture.transpose(upright)
     if not picture.has_transparency_data:

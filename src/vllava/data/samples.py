@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import safetensors.torch
 from torch import Tensor
 
-from vllava.batch import MEDIA_KINDS, MediumSpec
-from vllava.conversation import Message, media_in, read_conversation
+from vllava.batch import MediumSpec
+from vllava.conversation import Message
 from vllava.data.media import Preprocess, decode_image
+from vllava.data.record import MediumFile, parse
 from vllava.data.video import VideoDecoder
-from vllava.errors import UserError, reading, reason
+from vllava.errors import UserError, reading
 
-FEATURES = "safetensors"  # as in KEY.0.image.safetensors: the encoder's output for the first medium, an image
 BROKEN = "broken"  # instead of media that could not be read: the reason
-_MEMBER = re.compile(
-    rf"(?P<number>\d+)\.(?:frame(?P<frame>\d+)\.\w+|(?P<kind>{'|'.join(MEDIA_KINDS)})\.{FEATURES}|\w+)", re.ASCII
-)
-# fmt: off
-_MEDIA_EXTENSIONS = {
-    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif",
-    "mp4", "m4v", "mov", "avi", "mkv", "webm", "flv", "3gp", "mpg", "mpeg", "wmv", "ts", FEATURES,
-}
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -54,20 +42,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class MediumFile:
-    """The members of one medium: a file, the frames of a video, or features of a kind of medium."""
-
-    data: list[bytes]
-    prepared: bool = False  # frames
-    features_of: str | None = None
-
-    @property
-    def kind(self) -> str | None:
-        """What the medium is known to be before it is decoded: the placeholder decides about a file, see `media_in`."""
-        return "video" if self.prepared else self.features_of
-
-
-@dataclass(frozen=True)
 class SampleDecoder:
     """Turns the members of a shard's sample into a Sample; `specs` says which media the model takes, at which size."""
 
@@ -79,15 +53,9 @@ class SampleDecoder:
         """Raises UserError, without the key, for anything that is wrong with this sample."""
         if BROKEN in members:
             raise UserError(members[BROKEN].decode(errors="replace"))
-        record = _record(members)
-        conversation, dropped = read_conversation(record)
-        files = _media_files(members)
-        for kind in MEDIA_KINDS:
-            if record.get(kind) and not files:
-                raise UserError(f"the record names {kind} {str(record[kind])[:80]!r}, but the sample holds no medium")
-        kinds = media_in(conversation, [file.kind for file in files], [_looks_like(file) for file in files])
-        media = [self._medium(kind, file) for kind, file in zip(kinds, files, strict=True)]
-        return Sample(key, conversation, media, record, dropped)
+        parsed = parse(members)
+        media = [self._medium(kind, file) for kind, file in zip(parsed.kinds, parsed.files, strict=True)]
+        return Sample(key, parsed.conversation, media, parsed.record, parsed.dropped_turns)
 
     def image(self, data: bytes) -> Medium:
         """An image file as the model takes it; raises UserError if it cannot be read or the model takes none."""
@@ -131,67 +99,3 @@ class SampleDecoder:
         if kind not in self.specs:
             raise UserError(f"the model has no encoder for a medium of kind {kind}")
         return self.specs[kind]
-
-
-def _record(members: dict[str, bytes]) -> dict:
-    if "json" not in members:
-        raise UserError("no readable JSON record: the sample has no member KEY.json")
-    try:
-        record = json.loads(members["json"])
-    except Exception as error:  # too deep, too long a number, no UTF-8, no JSON
-        raise UserError(f"no readable JSON record ({reason(error)})") from error
-    if not isinstance(record, dict):
-        raise UserError(f"no readable JSON record: it is not an object but {type(record).__name__}")
-    return record
-
-
-def _media_files(members: dict[str, bytes]) -> list[MediumFile]:
-    """The files of each medium, in order: members `0.jpg`, `1.mp4`, or several `1.frame00.jpg` for prepared frames.
-
-    Raises UserError for a medium without a number, and for numbers that are missing or given twice.
-    """
-    media: dict[int, list[tuple[int | None, str | None, bytes]]] = {}
-    for name, data in members.items():
-        found = _MEMBER.fullmatch(name.lower())
-        if found is None:
-            if name[0].isdigit() or name.lower().rpartition(".")[2] in _MEDIA_EXTENSIONS:
-                raise UserError(f"the member {name[:80]!r} is no medium: those are named 0.jpg, 1.mp4, 1.frame00.jpg")
-            continue  # somebody's label or note
-        frame = None if found["frame"] is None else int(found["frame"])
-        media.setdefault(int(found["number"]), []).append((frame, found["kind"], data))
-    _require_run("media", sorted(media), starts=(0,))
-    return [_medium_file(number, media[number]) for number in sorted(media)]
-
-
-def _medium_file(number: int, files: list[tuple[int | None, str | None, bytes]]) -> MediumFile:
-    frames = sorted(frame for frame, _, _ in files if frame is not None)
-    if not frames and len(files) == 1:
-        return MediumFile([files[0][2]], features_of=files[0][1])
-    if len(frames) != len(files):
-        raise UserError(f"medium {number} has {len(files)} files: it is one file, or the frames of a video")
-    _require_run(f"the prepared frames of medium {number}", frames, starts=(0, 1))
-    by_number = {frame: data for frame, _, data in files if frame is not None}
-    return MediumFile([by_number[frame] for frame in frames], prepared=True)
-
-
-def _require_run(what: str, numbers: Sequence[int], starts: tuple[int, ...]) -> None:
-    """Raises UserError unless the sorted numbers follow one another without a gap from one of `starts`."""
-    for index, number in enumerate(numbers):
-        before = numbers[index - 1] if index else None
-        if number == before:
-            raise UserError(f"{what}: two have the number {number}")
-        if number != before + 1 if before is not None else number not in starts:
-            missing = before + 1 if before is not None else starts[0]
-            raise UserError(f"{what}: number {missing} is missing")
-
-
-# How picture files begin; a GIF may be either. Used only where a text has more placeholders than there are media.
-_PICTURES = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|BM|II\*\0|MM\0\*|....ftyp(?:avif|avis|heic|heix|mif1|msf1)", re.S
-)
-
-
-def _looks_like(file: MediumFile) -> str | None:
-    if file.kind or file.data[0].startswith(b"GIF8"):
-        return file.kind
-    return "image" if _PICTURES.match(file.data[0]) else "video"

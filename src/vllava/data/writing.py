@@ -6,12 +6,19 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import webdataset
 
-MANIFEST = "manifest.json"
+from vllava.data.record import parse
+from vllava.data.shards import MANIFEST, SAMPLE_BYTES, SAMPLE_MEMBERS, split_name
+from vllava.data.tar import CONTROL, NAME_LIMIT
+from vllava.errors import UserError
+
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 
 
@@ -19,21 +26,75 @@ def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> di
     """Write one shard from (key, members by extension) and return its manifest entry.
 
     Members carry no time and no owner, so equal samples give equal bytes. The file appears whole or not at all.
+    Raises UserError, which names the key, for what would not be read again as it was given: a key that is empty, has a
+    dot or comes twice, an extension that is none, a member that is not bytes.
     """
-    unfinished = path.with_suffix(f".{os.getpid()}.part")  # several processes may write the same shard
     kinds: Counter[str] = Counter()
-    with webdataset.TarWriter(str(unfinished), encoder=False, mtime=0, user="vllava", group="vllava") as tar:
-        for key, members in samples:
-            tar.write({"__key__": key, **members})
-            kinds[_modality(members)] += 1
-    os.replace(unfinished, path)
+    seen: set[str] = set()
+    with _appearing(path) as unfinished:
+        with webdataset.TarWriter(str(unfinished), encoder=False, mtime=0, user="vllava", group="vllava") as tar:
+            for key, members in samples:
+                content = _checked(key, members, seen)
+                tar.write({"__key__": key, **content})
+                kinds[modality(content)] += 1
+        checksum = sha256_of(unfinished)
     return {
         "name": path.name,
         "samples": sum(kinds.values()),
         "modalities": dict(sorted(kinds.items())),
         "bytes": path.stat().st_size,
-        "sha256": sha256_of(path),
+        "sha256": checksum,
     }
+
+
+def _checked(key: Any, members: dict, seen: set[str]) -> dict[str, bytes]:
+    """The members of a sample as bytes; raises UserError for what would not be read again as it was given."""
+    file = key.rpartition("/")[2] if isinstance(key, str) else ""
+    if not file or "." in file or not _is_name(key):
+        raise UserError(
+            f"The key {key!r} cannot be written: a key is text without a dot or control characters and with no slash "
+            "at its end; the first dot of a file's name ends its key. Folders before it may have dots: v1.5/clip."
+        )
+    if key in seen:
+        raise UserError(f"The key {key!r} comes twice: give every sample of a shard a key of its own.")
+    seen.add(key)
+    if not members:
+        raise UserError(f"The sample {key!r} has no files: it would be lost.")
+    for extension, data in members.items():
+        # webdataset leaves out what begins with an underscore.
+        whole = isinstance(extension, str) and extension and split_name(f"{key}.{extension}") == (key, extension)
+        if not whole or extension.startswith("_") or not _is_name(f"{key}.{extension}"):
+            raise UserError(
+                f"The sample {key!r} cannot have a file of the extension {extension!r}: an extension is text without "
+                "slashes or control characters, and begins with a letter or digit."
+            )
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise UserError(f"The file {extension!r} of the sample {key!r} is not bytes but {type(data).__name__}.")
+    content = {extension: bytes(data) for extension, data in members.items()}
+    total = sum(map(len, content.values()))
+    if total > SAMPLE_BYTES or len(content) > SAMPLE_MEMBERS:
+        raise UserError(
+            f"The sample {key!r} has {len(content)} files of {total} bytes; a sample may have {SAMPLE_MEMBERS} files "
+            f"of {SAMPLE_BYTES} bytes. Cut it in parts, or make its media smaller."
+        )
+    return content
+
+
+def _is_name(name: str) -> bool:
+    """Whether a file of this name in a tar file is read under the same name."""
+    halves = any("\ud800" <= letter <= "\udfff" for letter in name)  # of surrogate pairs, which cannot be encoded
+    return len(name) <= NAME_LIMIT and not CONTROL.search(name) and not halves
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """Where to write what becomes `path` when it is whole; several processes and machines may do so at once."""
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex[:12]}.part")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:
@@ -45,18 +106,13 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def modality(record: dict) -> str:
-    """'image', 'video', 'mixed' or 'text', by the placeholders in the record's conversation."""
-    text = " ".join(message["value"] for message in record["conversations"])
-    found = [kind for kind, placeholder in PLACEHOLDERS.items() if placeholder in text]
-    return {0: "text", 1: found[0] if found else "text"}.get(len(found), "mixed")
-
-
-def _modality(members: dict[str, bytes]) -> str:
+def modality(members: dict[str, bytes]) -> str:
+    """'image', 'video', 'mixed' or 'text', by the media of a sample; 'unreadable' if it is none."""
     try:
-        return modality(json.loads(members["json"]))
-    except (KeyError, TypeError, ValueError):
+        kinds = sorted(set(parse(members).kinds))
+    except UserError:
         return "unreadable"
+    return {0: "text", 1: kinds[0] if kinds else "text"}.get(len(kinds), "mixed")
 
 
 def write_manifest(folder: Path, shards: list[dict], settings: dict) -> None:
@@ -66,6 +122,5 @@ def write_manifest(folder: Path, shards: list[dict], settings: dict) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file that appears whole or not at all."""
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(unfinished, path)
+    with _appearing(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +18,37 @@ from PIL import Image
 from torch import Tensor
 
 from vllava.conversation import without_media
+from vllava.data.broken import printable, why
 from vllava.data.media import Preprocess
 from vllava.data.packing import ConversationPacker, pack
 from vllava.data.samples import Medium, Sample, SampleDecoder
 from vllava.data.shards import ShardReader, read_manifest
-from vllava.errors import UserError
+from vllava.errors import UserError, reading
 from vllava.model.device import autocast
 from vllava.model.video_llava import VideoLlava
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One question about one sample, the true answer and the model's."""
+    """One question about one sample, the true answer if there is one, and the model's."""
 
     key: str
     medium: str  # image | video | text
     type: str
     question: str
-    truth: str
+    truth: str | None
     answer: str
     options: tuple[str, ...] = ()
 
     @property
+    def scored(self) -> bool:
+        """Whether there is an answer to compare with."""
+        return self.truth is not None
+
+    @property
     def correct(self) -> bool:
-        """Exact match after lower-casing and stripping spaces and a final full stop."""
-        return normalise(self.answer) == normalise(self.truth)
+        """Exact match after lower-casing and stripping spaces and a final full stop; never without a true answer."""
+        return self.truth is not None and normalise(self.answer) == normalise(self.truth)
 
     @property
     def chance(self) -> float:
@@ -52,17 +61,68 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().strip().rstrip(".").split())
 
 
-def read_samples(folder: str | Path, decoder: SampleDecoder, remedy: str, limit: int | None = None) -> Iterator[Sample]:
-    """The samples of a folder of shards in their order; a broken one raises, for an evaluation leaves none out."""
+def read_samples(
+    folder: str | Path,
+    decoder: SampleDecoder,
+    remedy: str,
+    limit: int | None = None,
+    packer: ConversationPacker | None = None,
+) -> Iterator[Sample]:
+    """The samples of a folder of shards in their order.
+
+    A broken one raises UserError, for an evaluation leaves none out; so does one that the packer, if there is one,
+    cannot make a question of.
+    """
+    for place, reader, shard, index in _places(folder, remedy, limit):
+        with _named(place):
+            sample = decoder(*reader.read(shard, index))
+            _check_question(sample.record)
+            if packer is not None:
+                packer.prompt(sample)
+        yield sample
+
+
+def check_rows(folder: str | Path, remedy: str) -> None:
+    """Read the records of a folder of shards, without their media, before time is spent on the first of them.
+
+    Raises UserError, which names the sample, where a question's type or options are of an odd kind.
+    """
+    for place, reader, shard, index in _places(folder, remedy):
+        with _named(place):
+            members = reader.read(shard, index, only=("json",))[1]
+            with reading("its record"):
+                record = json.loads(members.get("json", b"{}"))
+            _check_question(record)
+
+
+def _places(folder: str | Path, remedy: str, limit: int | None = None) -> Iterator[tuple[str, ShardReader, int, int]]:
+    """Of each sample of a folder the name to call it by, and where to read it."""
     shards = read_manifest(folder, remedy)
     reader = ShardReader(shards, capacity=1)
-    places = [(s, i) for s, shard in enumerate(shards) for i in range(shard.samples)]
-    for shard, index in places[:limit]:
-        key, members = reader.read(shard, index)
-        try:
-            yield decoder(key, members)
-        except UserError as error:
-            raise UserError(f"{shards[shard].path}:{key}: {error}. An evaluation leaves no sample out.") from error
+    places = ((s, i) for s, shard in enumerate(shards) for i in range(shard.samples))
+    for shard, index in islice(places, limit):
+        yield f"{shards[shard].path}:{reader.key(shard, index)}", reader, shard, index
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Whatever goes wrong with a sample becomes a UserError that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{place}: {why(error)}. An evaluation leaves no sample out.") from error
+
+
+def _check_question(record: Any) -> None:
+    """Raises UserError where what a record says of its question is of an odd kind; it need not say anything."""
+    question = record.get("question", {}) if isinstance(record, dict) else None
+    if not isinstance(question, dict):
+        raise UserError('"question" is not of the form {"type": text, "options": [text, …]}')
+    options = question.get("options", [])
+    if not isinstance(question.get("type", ""), str):
+        raise UserError(f"the question's type is not text but {type(question['type']).__name__}")
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise UserError("the question's options are not a list of texts")
 
 
 @torch.no_grad()
@@ -96,20 +156,26 @@ def answer_all(
     answers = []
     for start in range(0, len(samples), batch_size):
         chunk = samples[start : start + batch_size]
-        asked = [replace(s, conversation=without_media(s.conversation), media=[]) if blind else s for s in chunk]
+        asked = [_blinded(sample) for sample in chunk] if blind else chunk
         texts = ask(model, packer, asked, max_new_tokens)
         answers += [_answer(sample, text) for sample, text in zip(chunk, texts, strict=True)]
     return answers
 
 
+def _blinded(sample: Sample) -> Sample:
+    return replace(sample, conversation=without_media(sample.conversation, sample.kinds), media=[])
+
+
 def _answer(sample: Sample, text: str) -> Answer:
     question = sample.record.get("question", {})
+    last = sample.conversation[-1]
+    asked = [turn["value"] for turn in without_media(sample.conversation, sample.kinds) if turn["from"] == "human"]
     return Answer(
         key=sample.key,
         medium=sample.media[0].kind if sample.media else "text",
-        type=question.get("type", "question"),
-        question=without_media(sample.conversation)[-2]["value"],
-        truth=sample.conversation[-1]["value"],
+        type=printable(question.get("type", "question")),
+        question=asked[-1],
+        truth=last["value"] if last["from"] == "gpt" else None,  # a question without an answer is not scored
         answer=text,
         options=tuple(question.get("options", ())),
     )

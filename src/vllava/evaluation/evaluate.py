@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from vllava.batch import MEDIA_KINDS
 from vllava.data.build import conversation_packer, sample_decoder
 from vllava.errors import UserError
-from vllava.evaluation.answers import Answer, answer_all, read_samples
+from vllava.evaluation.answers import Answer, answer_all, check_rows, read_samples
 from vllava.evaluation.report import sample_rows, write_report
 from vllava.model.checkpoint import load
 from vllava.model.device import best_device
@@ -37,7 +37,8 @@ def evaluate(
     num_frames: of a video, if not as in training. `shown` samples of each medium, and the loss curves `plots`
     (name -> PNG file), go into the report.
     Writes metrics.json, answers.jsonl and report.html to `run_dir`, and prints a table. Raises UserError for a
-    missing checkpoint or shards.
+    missing checkpoint or shards, and for a sample that cannot be asked; of odd questions before the first is asked.
+    A question without a true answer is asked and not scored.
     """
     started = time.time()
     if unknown := sorted(set(sources) - set(MEDIA_KINDS)):
@@ -46,17 +47,20 @@ def evaluate(
     model.to(best_device())
     decode = sample_decoder(model.specs, description.image_fit, decoder)
     packer = conversation_packer(model.specs, tokenizer, description.template)
+    media = [kind for kind in sources if kind in model.specs]
+    for shards in (shards for medium in media for shards in sources[medium].values()):
+        check_rows(shards, remedy)
     metrics: dict = {}
     answers: list[Answer] = []
     rows = []
     by_type: dict[str, dict] = {}
-    for medium in (kind for kind in sources if kind in model.specs):
+    for medium in media:
         seen: list[Answer] = []
         unseen: list[Answer] = []
         metrics[medium] = {}
         parts = {}
         for name, shards in sources[medium].items():
-            samples = list(read_samples(shards, decode, remedy))
+            samples = list(read_samples(shards, decode, remedy, packer=packer))
             found = answer_all(model, packer, samples, batch_size, max_new_tokens)
             blind = answer_all(model, packer, samples, batch_size, max_new_tokens, blind=True)
             parts[name] = summary(found, blind)
@@ -71,23 +75,34 @@ def evaluate(
     folder = Path(run_dir)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     (folder / "answers.jsonl").write_text(
-        "".join(json.dumps({**asdict(a), "correct": a.correct}) + "\n" for a in answers)
+        "".join(json.dumps({**asdict(a), "correct": a.correct if a.scored else None}) + "\n" for a in answers)
     )
     write_report(
         folder, f"Evaluation of {checkpoint}", metrics, rows, {name: Path(path) for name, path in (plots or {}).items()}
     )
     print(table(metrics))
+    if unscored := sum(not a.scored for a in answers):
+        print(f"{unscored} of {len(answers)} questions have no true answer: asked, not scored; see answers.jsonl")
     return metrics
 
 
 def summary(found: Sequence[Answer], blind: Sequence[Answer]) -> dict:
-    """Accuracy with and without the media, chance, and the number of questions."""
-    return {
-        "accuracy": round(sum(a.correct for a in found) / len(found), 4),
-        "blind": round(sum(a.correct for a in blind) / len(blind), 4),
-        "chance": round(sum(a.chance for a in found) / len(found), 4),
-        "n": len(found),
+    """Accuracy with and without the media, chance, and the number of questions n: of those that have a true answer.
+
+    How many have none is said where there are any; where no question has one, there are no figures but None.
+    """
+    scored = [answer for answer in found if answer.scored]
+
+    def share(values: Iterable[float]) -> float | None:
+        return round(sum(values) / len(scored), 4) if scored else None
+
+    figures = {
+        "accuracy": share(a.correct for a in scored),
+        "blind": share(a.correct for a in blind),
+        "chance": share(a.chance for a in scored),
+        "n": len(scored),
     }
+    return figures if len(scored) == len(found) else {**figures, "unscored": len(found) - len(scored)}
 
 
 def types(found: Sequence[Answer], blind: Sequence[Answer]) -> dict[str, dict]:
@@ -105,7 +120,8 @@ def table(metrics: dict) -> str:
     lines = [f"{'':28}{'accuracy':>10}{'blind':>8}{'chance':>8}{'n':>6}"]
 
     def add(name: str, row: dict) -> None:
-        lines.append(f"{name:28}{row['accuracy']:>10.3f}{row['blind']:>8.3f}{row['chance']:>8.3f}{row['n']:>6}")
+        accuracy, blind, chance = ("-" if row[c] is None else f"{row[c]:.3f}" for c in ("accuracy", "blind", "chance"))
+        lines.append(f"{name:28}{accuracy:>10}{blind:>8}{chance:>8}{row['n']:>6}")
 
     for medium in ("image", "video"):
         if medium in metrics:
@@ -113,6 +129,6 @@ def table(metrics: dict) -> str:
             for name, part in metrics[medium]["by_source"].items():
                 add(f"  of these, {name}", part)
             for kind, row in metrics["by_type"].items():
-                if kind.startswith(medium):
-                    add(f"  {kind.split('/')[1]}", row)
+                if kind.startswith(f"{medium}/"):
+                    add(f"  {kind.split('/', 1)[1]}", row)
     return "\n".join(lines)

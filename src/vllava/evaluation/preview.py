@@ -23,7 +23,7 @@ class Preview:
             sample
             for kind in specs
             if kind in sources
-            for sample in read_samples(sources[kind], self.decode, remedy, limit=6)
+            for sample in read_samples(sources[kind], self.decode, remedy, limit=6, packer=self.packer)
         ]
 
     def rows(self, model: Any) -> list[dict[str, Any]]:

@@ -29,8 +29,8 @@ _PAGE = """<!doctype html>
 <h1>{{ title }}</h1>
 {% if figures %}<h2>Figures</h2>
 <table><tr><th></th><th>accuracy</th><th>blind</th><th>chance</th><th>n</th></tr>
-{% for row in figures %}<tr class="{{ row.style }}"><td>{{ row.name }}</td><td>{{ "%.3f"|format(row.accuracy) }}</td>
-<td>{{ "%.3f"|format(row.blind) }}</td><td>{{ "%.3f"|format(row.chance) }}</td><td>{{ row.n }}</td></tr>
+{% for row in figures %}<tr class="{{ row.style }}"><td>{{ row.name }}</td>{% for value in (row.accuracy, row.blind, row.chance) %}<td>{{ "-" if value is none else "%.3f"|format(value) }}</td>{% endfor %}
+<td>{{ row.n }}</td></tr>
 {% endfor %}</table>
 <p>blind: the same model asked the same questions without the image or video. chance: a guess among the answers that fit.</p>{% endif %}
 {% if facts %}<h2>Run</h2><table>{% for name, value in facts.items() %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}</table>{% endif %}
@@ -38,7 +38,7 @@ _PAGE = """<!doctype html>
 {% if rows %}<h2>Held-out samples</h2>
 {% for row in rows %}<div class="sample"><div>{% for uri in row.pictures %}<img alt="frame {{ loop.index }}" src="{{ uri }}">{% endfor %}</div>
 <div>{{ row.question }}</div>
-<div class="{{ 'right' if row.correct else 'wrong' }}">{{ row.answer or "(no answer)" }}{% if not row.correct %} — truth: {{ row.truth }}{% endif %}</div>
+<div class="{{ 'key' if row.truth is none else 'right' if row.correct else 'wrong' }}">{{ row.answer or "(no answer)" }}{% if row.truth is none %} — not scored{% elif not row.correct %} — truth: {{ row.truth }}{% endif %}</div>
 <div class="key">{{ row.key }} · {{ row.type }}</div></div>
 {% endfor %}{% endif %}
 </body></html>
@@ -54,7 +54,7 @@ def sample_rows(samples: Sequence[Sample], answers: Sequence[Answer], preprocess
             "question": answer.question,
             "answer": answer.answer,
             "truth": answer.truth,
-            "correct": answer.correct,
+            "correct": answer.correct if answer.scored else None,
             "pictures": [data_uri(picture) for picture in pictures(sample, preprocess)],
         }
         for sample, answer in zip(samples, answers, strict=True)
@@ -79,7 +79,7 @@ def write_report(
     page = environment.from_string(_PAGE).render(
         title=title, figures=list(_figures(metrics)), rows=rows, plots=uris, facts=facts or {}
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _figures(metrics: dict) -> Any:
@@ -89,5 +89,5 @@ def _figures(metrics: dict) -> Any:
             for name, part in metrics[medium]["by_source"].items():
                 yield {"name": name, "style": "part", **part}
             for kind, row in metrics["by_type"].items():
-                if kind.startswith(medium):
-                    yield {"name": kind.split("/")[1], "style": "part", **row}
+                if kind.startswith(f"{medium}/"):
+                    yield {"name": kind.split("/", 1)[1], "style": "part", **row}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -19,9 +18,11 @@ from transformers import get_cosine_schedule_with_warmup
 from vllava.batch import MediumSpec, Step
 from vllava.errors import UserError
 from vllava.model.sharding import whole_state
+from vllava.training.broken import BrokenLimit, BrokenList
 from vllava.training.strategies import DeepSpeed
 
-log = logging.getLogger(__name__)
+KEPT = 100  # broken samples in memory and in checkpoints
+_COUNTS = ("broken", "samples_seen", "samples_broken", "turns_dropped")  # what a checkpoint keeps of them
 
 
 def freeze_all_but(model: nn.Module, trained: list[str]) -> dict[str, int]:
@@ -72,14 +73,17 @@ class Task(L.LightningModule):
         super().__init__()
         self.model = model
         self.recipe = Recipe(**recipe) if not isinstance(recipe, Recipe) else recipe
+        BrokenLimit(max_broken_share)
         self.max_broken_share = max_broken_share
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in the checkpoints
         self.trained = freeze_all_but(model, trained)
-        self.broken: list[tuple[str, str]] = []
+        self.broken: list[tuple[str, str]] = []  # (key, reason) of the first of them, of all ranks
+        self.broken_list = BrokenList()  # of all; a run gives it a file
         self.sharded = False
         self.whole: dict[str, Tensor] = {}  # when training has ended, the weights of a model that was shared out
-        self.samples_seen = 0  # by this rank, broken ones included
+        # By all ranks together; samples that were seen include the broken ones.
+        self.samples_seen = self.samples_broken = self.turns_dropped = 0
         self.seed = torch.initial_seed()
 
     def loss_sum(self, batch: Any) -> Tensor:
@@ -128,13 +132,19 @@ class Task(L.LightningModule):
 
     def on_train_start(self) -> None:
         self.model.train()  # models come from disk in evaluation mode, and Lightning leaves modes as they are
+        if self.trainer.is_global_zero:
+            self.broken_list.start(self.global_step)
 
     def training_step(self, step: Step, index: int) -> None:
-        self._count_broken(step)
+        terms = sum(self.loss_terms(batch) for batch in step.micro_batches)
+        counts = [terms, step.samples, len(step.broken), step.dropped_turns]
+        summed = self.trainer.strategy.reduce(
+            torch.tensor(counts, dtype=torch.float32, device=self.device), reduce_op="sum"
+        )
+        self._count(step, *map(int, summed[1:].tolist()))
         # Dropout and masks follow from the step alone: a resumed run draws what an undisturbed one would.
         torch.manual_seed(self.seed + self.global_step * self.trainer.world_size + self.global_rank)
-        terms = torch.tensor(float(sum(self.loss_terms(batch) for batch in step.micro_batches)), device=self.device)
-        total = self.trainer.strategy.reduce(terms, reduce_op="sum").clamp(min=1)
+        total = summed[0].clamp(min=1)
         loss = torch.zeros((), device=self.device)
         # Every rank takes as many turns as the one with the most micro-batches: each is a collective operation.
         own_turns = torch.tensor(len(step.micro_batches), device=self.device)  # NCCL reduces on GPUs only
@@ -170,12 +180,11 @@ class Task(L.LightningModule):
         """A checkpoint to resume from holds trained weights only."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in trained}
-        checkpoint["broken"] = self.broken
-        checkpoint["samples_seen"] = self.samples_seen
+        checkpoint |= {name: getattr(self, name) for name in _COUNTS}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.broken = checkpoint["broken"]
-        self.samples_seen = checkpoint["samples_seen"]
+        for name in _COUNTS:
+            setattr(self, name, checkpoint[name])
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
@@ -212,17 +221,50 @@ class Task(L.LightningModule):
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else nullcontext()
 
-    def _count_broken(self, step: Step) -> None:
-        """Log broken samples; raises UserError once their share exceeds the limit."""
-        self.samples_seen += step.samples
-        for key, reason in step.broken:
-            log.warning("sample left out: %s: %s", key, reason)
-        self.broken += step.broken
-        # One broken sample among the first few says little: judge the share once a hundred were seen.
-        if len(self.broken) > self.max_broken_share * max(self.samples_seen, 100):
-            key, reason = self.broken[-1]
+    def _planned_samples(self) -> int | None:
+        """Samples of the whole run, if the data say how many they are."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "steps_per_epoch"):
+            return None
+        epochs, rest = divmod(self._planned_steps(), data.steps_per_epoch)
+        return epochs * data.samples + rest * data.global_batch
+
+    def _count(self, step: Step, samples: int, broken: int, dropped: int) -> None:
+        """Add a step's samples over all ranks; raises UserError, on all of them, when too many are broken."""
+        before = self.samples_broken
+        self.samples_seen += samples
+        self.samples_broken += broken
+        self.turns_dropped += dropped
+        if not broken:
+            return
+        found = self._of_all_ranks([(key, why, step.tracebacks.get(key, "")) for key, why in step.broken])
+        self.broken += [(key, why) for key, why, _ in found][: max(KEPT - len(self.broken), 0)]
+        if self.trainer.is_global_zero:
+            self.broken_list.add(self.global_step + 1, found, before)
+        limit = BrokenLimit(self.max_broken_share, self._planned_samples())
+        if rule := limit.exceeded(self.samples_broken, self.samples_seen):
+            key, why, _ = found[-1]
             raise UserError(
-                f"{len(self.broken)} of the first {self.samples_seen} samples are broken, more than "
-                f"task.max_broken_share={self.max_broken_share:g} allows. The last one: {key}: {reason}. "
-                "Mend the shards, or raise the limit if leaving these samples out is what you want."
+                f"{self.samples_broken} of the first {self.samples_seen} samples are broken: {rule}. The last one: "
+                f"{key}: {why}; {self.broken_list.place}. Mend or remove them, or raise the limit if leaving them out "
+                "is what you want."
             )
+
+    def _of_all_ranks(self, own: list) -> list:
+        """The items of every rank's list; all ranks call it together."""
+        if self.trainer.world_size == 1:
+            return own
+        lists: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(lists, own)
+        return [item for items in lists for item in items]
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's figures say about its samples, with a warning if more were broken than the limit allows."""
+        seen, broken = self.samples_seen, self.samples_broken
+        facts: dict[str, Any] = {"samples": seen, "broken": broken, "dropped_first_turns": self.turns_dropped}
+        if broken > self.max_broken_share * seen:
+            facts["warning"] = (
+                f"{broken} of {seen} samples ({broken / seen:.2%}) were broken and left out, more than "
+                f"task.max_broken_share={self.max_broken_share:g}; {self.broken_list.place}."
+            )
+        return facts
