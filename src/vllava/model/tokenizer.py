@@ -68,9 +68,8 @@ class SlowLlama(PreTrainedTokenizerFast):
         """Ids with the spaces taken away that were put after special tokens; None for a token of nothing else."""
         ids: list[int | None] = list(encoding.ids)
         added = self._added_ids()
-        special = [
-            mask or index in added for index, mask in zip(encoding.ids, encoding.special_tokens_mask, strict=True)
-        ]
+        masks = encoding.special_tokens_mask  # of tokens that the text does not have
+        special = [mask or index in added for index, mask in zip(ids, masks, strict=True)]
         for place in range(1, len(ids)):
             after = encoding.ids[place - 1] in added and not masks[place - 1]
             if not after or special[place]:
