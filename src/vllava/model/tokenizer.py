@@ -1,112 +1,24 @@
 """Tokenizers: any fast one of `transformers`, and those of the paper's models, which are published otherwise.
 
-Llama 2, Vicuna and Video-LLaVA come with a SentencePiece `tokenizer.model`, which the original code reads with the slow
-LlamaTokenizer of transformers 4.31. Such a folder gives the ids of that class here. A folder with a tokenizer.json is
-read as that file stands.
+Llama 2, Vicuna and Video-LLaVA come with a SentencePiece `tokenizer.model`, which the original code reads with a slow
+tokenizer: such a folder gives its ids here (slow_llama.py). A folder with a tokenizer.json is read as that file stands.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from vllava.errors import UserError, reading
-from vllava.model.sentencepiece_model import LARGEST, SPACE, Model, pipeline, read_model
+from vllava.model.slow_llama import CONFIG, LLAMA, MODEL, RULES, SlowLlama, json_object, slow_llama
 
-MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+JSON = "tokenizer.json"
 _FILES = ["*.json", "*.jinja", "*.txt", MODEL]  # of a tokenizer, on a hub
-_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
-_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _MOST_IDS = 10_000_000  # embeddings are made for every id: more is a damaged or hostile file
-_RULES = "rules"  # where a saved folder says that its ids are those of the slow tokenizer
-_SLOW = "LlamaTokenizer of transformers 4.31"
-
-
-class SlowLlama(PreTrainedTokenizerFast):
-    """A tokenizer that keeps its `tokenizer.model`, and with `legacy: false` follows what that meant in 4.31.
-
-    There the text after a special token is tokenised with a space before it, and the space is taken from its first
-    token afterwards: what remains of it is looked up as it is, and is the unknown token where it is no piece.
-    """
-
-    sentencepiece: bytes | None = None  # the file tokenizer.model
-
-    @property
-    def legacy(self) -> bool:
-        """Whether the space before the text after a special token stays."""
-        return self.init_kwargs.get(_RULES) != _SLOW or self.init_kwargs.get("legacy", True) is not False
-
-    @legacy.setter
-    def legacy(self, value: bool) -> None:  # `transformers` sets every setting that it is given
-        self.init_kwargs["legacy"] = value
-
-    def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **settings: Any) -> Any:
-        if not self.legacy:  # 4.31 takes the mark of a space for a space
-            text, text_pair = _spaced(text), _spaced(text_pair)
-        return super()._encode_plus(text, text_pair, *args, **settings)
-
-    def _convert_encoding(self, encoding: Any, *args: Any, **settings: Any) -> tuple[dict[str, Any], list]:
-        found, encodings = super()._convert_encoding(encoding, *args, **settings)
-        if self.legacy:
-            return found, encodings
-        for index, one in enumerate(encodings):
-            kept = self._without_spaces(one)
-            found["input_ids"][index] = [token for token in kept if token is not None]
-            for name in found.keys() - {"input_ids", "length"}:
-                found[name][index] = [v for v, token in zip(found[name][index], kept, strict=True) if token is not None]
-            if "length" in found:
-                found["length"][index] = len(found["input_ids"][index])
-        return found, encodings
-
-    def _without_spaces(self, encoding: Any) -> list[int | None]:
-        """Ids with the spaces taken away that were put after special tokens; None for a token of nothing else."""
-        ids: list[int | None] = list(encoding.ids)
-        added = self._added_ids()
-        masks = encoding.special_tokens_mask  # of tokens that the text does not have
-        special = [mask or index in added for index, mask in zip(ids, masks, strict=True)]
-        for place in range(1, len(ids)):
-            after = encoding.ids[place - 1] in added and not masks[place - 1]
-            if not after or special[place]:
-                continue
-            token = encoding.tokens[place]
-            following = encoding.tokens[place + 1] if place + 1 < len(ids) and not special[place + 1] else ""
-            if not token.startswith(SPACE) or (token + following).startswith(2 * SPACE):
-                continue  # the text itself begins with a space: then 4.31 leaves both
-            ids[place] = self._tokenizer.token_to_id(token[1:]) if token != SPACE else None
-            if ids[place] is None and token != SPACE:
-                ids[place] = self._tokenizer.token_to_id(self._tokenizer.model.unk_token)
-        return ids
-
-    def _added_ids(self) -> set[int]:
-        return set(self._tokenizer.get_added_tokens_decoder())
-
-    def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **settings: Any) -> list:
-        """The tokens of a text."""
-        ids = self(text, pair, add_special_tokens=add_special_tokens, **settings)["input_ids"]
-        return self.convert_ids_to_tokens(ids)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **settings: Any) -> tuple[str, ...]:
-        """As ever, and tokenizer.model beside it; `transformers` alone opens the folder too."""
-        written = super().save_pretrained(save_directory, *args, **settings)
-        path = Path(save_directory, CONFIG)
-        config = {**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": PreTrainedTokenizerFast.__name__}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-        if self.sentencepiece is not None:
-            Path(save_directory, MODEL).write_bytes(self.sentencepiece)
-        return written
-
-
-def _spaced(text: Any) -> Any:
-    """A text, or texts in lists, with spaces for their marks."""
-    if isinstance(text, (list, tuple)):
-        return type(text)(_spaced(one) for one in text)
-    return text.replace(SPACE, " ") if isinstance(text, str) else text
 
 
 def load_tokenizer(path: str) -> Any:
@@ -116,11 +28,15 @@ def load_tokenizer(path: str) -> Any:
     tokenizer, if its files are damaged, or if it is not a fast one.
     """
     folder = _folder(path)
-    config, _ = _object(folder / CONFIG), _object(folder / JSON)
+    config = json_object(folder / CONFIG)
+    _check_settings(folder, config)
+    with reading(folder / JSON, "Is it complete?"):
+        _check_charsmaps(json_object(folder / JSON).get("normalizer"))
     with reading(f"The tokenizer at {path}", "Is it complete, and of a kind that transformers knows?"):
         tokenizer = _guarded(_read, folder, config)
         if not tokenizer.is_fast:
             raise UserError(f"The tokenizer at {path} is not a fast one: labels need its character offsets.")
+        _guarded(tokenizer, "a b")  # some faults show only here, and should not do so in the middle of the data
         largest = max(_guarded(tokenizer.get_vocab).values(), default=-1)
         if not 0 <= largest < _MOST_IDS:
             raise UserError(f"The tokenizer at {path} has no tokens, or the id {largest:,}, which is no id of a token.")
@@ -145,6 +61,26 @@ def _folder(path: str) -> Path:
         raise UserError(f"No tokenizer at {path}: there is no such folder, nor on the hub ({lines[0]}).") from error
 
 
+def _check_settings(folder: Path, config: dict[str, Any]) -> None:
+    length, template = config.get("model_max_length"), config.get("chat_template")
+    if length is not None and (not isinstance(length, (int, float)) or not 0 < length < float("inf")):
+        raise UserError(f"{folder / CONFIG}: model_max_length is {str(length)[:60]!r}, not a length.")
+    if not isinstance(template, (str, list, dict, type(None))):
+        raise UserError(f"{folder / CONFIG}: chat_template is {str(template)[:60]!r}, not a template.")
+
+
+def _check_charsmaps(normaliser: Any) -> None:
+    """Raises ValueError for a table that claims more than it holds: allocating it would end the process."""
+    if isinstance(normaliser, list):
+        for one in normaliser:
+            _check_charsmaps(one)
+    elif isinstance(normaliser, dict):
+        _check_charsmaps([value for value in normaliser.values() if isinstance(value, (list, dict))])
+        table = b64decode(normaliser.get("precompiled_charsmap") or "AAAAAA==")
+        if int.from_bytes(table[:4], "little") > len(table) - 4:
+            raise ValueError("its precompiled_charsmap claims more than it holds")
+
+
 def _guarded(call: Any, *arguments: Any) -> Any:
     """A call into the tokenizers library, whose panics are no Exception: they become one."""
     try:
@@ -160,158 +96,10 @@ def _read(folder: Path, config: dict[str, Any]) -> Any:
     name = config.get("tokenizer_class")
     has_model, has_json = (folder / MODEL).is_file(), (folder / JSON).is_file()
     if has_model and not has_json:
-        return _slow_llama(folder, config)
-    if not has_json or not (name in _LLAMA or _RULES in config):
+        return slow_llama(folder, config)
+    if not has_json or not (name in LLAMA[1:] or RULES in config):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     # The Llama class of transformers 5 puts a normaliser of its own in the place of the file's.
     tokenizer = SlowLlama.from_pretrained(folder, local_files_only=True)
     tokenizer.sentencepiece = (folder / MODEL).read_bytes() if has_model else None
     return tokenizer
-
-
-def _slow_llama(folder: Path, config: dict[str, Any]) -> SlowLlama:
-    """The tokenizer of a tokenizer.model, with the special tokens that the files beside it name."""
-    path = folder / MODEL
-    name = config.get("tokenizer_class")
-    if (name is not None and name not in _LLAMA) or config.get("auto_map"):
-        raise UserError(
-            f"The tokenizer at {folder} is a {name or 'class of its own'}: from a tokenizer.model alone only those of "
-            "Llama's kind are read. Give it a tokenizer.json."
-        )
-    if path.stat().st_size > LARGEST:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes: too large for a SentencePiece model.")
-    data = path.read_bytes()
-    try:
-        model = read_model(data)
-        backend = pipeline(model)
-    except UserError as error:
-        raise UserError(f"{path} {str(error).rstrip('.')}.") from error
-    named, others = _special_tokens(folder, config)
-    _add(folder, backend, model, named, others)
-    template = folder / "chat_template.jinja"
-    tokenizer = SlowLlama(
-        tokenizer_object=backend,
-        **named,
-        additional_special_tokens=others,
-        add_bos_token=_setting(folder, config, "add_bos_token", True),
-        add_eos_token=_setting(folder, config, "add_eos_token", False),
-        legacy=_setting(folder, config, "legacy", True),
-        clean_up_tokenization_spaces=False,
-        model_max_length=_length(folder, config),
-        padding_side="left" if config.get("padding_side") == "left" else "right",
-        chat_template=template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template"),
-        name_or_path=str(folder),
-        **{_RULES: _SLOW},
-    )
-    tokenizer.sentencepiece = data
-    return tokenizer
-
-
-def _special_tokens(folder: Path, config: dict[str, Any]) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """The special tokens that have a name, by it, and the others.
-
-    As in 4.31: the class has names for three, tokenizer_config.json and then special_tokens_map.json may give others.
-    One that the latter gives as a bare text swallows the white space on both sides; an object says what it swallows.
-    """
-    files = {CONFIG: config, "special_tokens_map.json": _object(folder / "special_tokens_map.json")}
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokens: dict[str, AddedToken | None] = {name: _token(text) for name, text in names.items()}
-    others: list[AddedToken] = []
-    for file, given in files.items():
-        for name in _NAMES:
-            if name in given:
-                plain = file == CONFIG and name in ("bos_token", "eos_token", "unk_token", "pad_token")
-                tokens[name] = _read_token(folder / file, name, given[name], swallows=not plain)
-        more = given.get("additional_special_tokens") or []
-        if not isinstance(more, list):
-            raise UserError(f"{folder / file}: additional_special_tokens is not a list.")
-        others = [_read_token(folder / file, "additional_special_tokens", t, True) for t in more] or others
-    named = {name: token for name, token in tokens.items() if token is not None}
-    if "unk_token" not in named:
-        raise UserError(f"{folder}: the tokenizer has no unk_token, which its tokenizer.model needs.")
-    # One text may have several names: then an object says more than a bare text, as in 4.31.
-    exact = {t.content: t for t in [*named.values(), *others] if not (t.lstrip and t.rstrip)}
-    return {n: exact.get(t.content, t) for n, t in named.items()}, [exact.get(t.content, t) for t in others]
-
-
-def _token(text: str, swallows: bool = False) -> AddedToken:
-    return AddedToken(text, lstrip=swallows, rstrip=swallows, normalized=False, special=True)
-
-
-def _read_token(path: Path, name: str, given: Any, swallows: bool) -> Any:
-    """A special token as the files give it: nothing, a text, or an object."""
-    if given is None:
-        return None
-    if isinstance(given, str) and given:
-        return _token(given, swallows)
-    if isinstance(given, dict) and isinstance(given.get("content"), str) and given["content"]:
-        sides = {side: given.get(side, False) is True for side in ("lstrip", "rstrip")}
-        return AddedToken(given["content"], normalized=False, special=True, **sides)
-    raise UserError(f"{path}: {name} is no token ({str(given)[:60]!r}).")
-
-
-def _add(
-    folder: Path, backend: Tokenizer, model: Model, named: dict[str, AddedToken], others: Sequence[AddedToken]
-) -> None:
-    """Add what the vocabulary lacks: added_tokens.json in the order of its ids, then the special tokens."""
-    if named["unk_token"].content != model.unknown:
-        raise UserError(f"{folder}: the unk_token {named['unk_token'].content!r} is not the one of its {MODEL}.")
-    special = {token.content: token for token in [*named.values(), *others]}
-    path = folder / "added_tokens.json"
-    added = _object(path)
-    if not all(isinstance(index, int) and not isinstance(index, bool) and text for text, index in added.items()):
-        raise UserError(f"{path} does not give an id to every token.")
-    later = {  # transformers from 4.34 on
-        given["content"]: (int(index), given)
-        for index, given in _later_tokens(folder).items()
-        if int(index) >= len(model.pieces)
-    }
-    for text, (index, given) in later.items():
-        if text not in added:
-            added[text] = index
-            special.setdefault(text, _read_token(folder / CONFIG, "added_tokens_decoder", given, False))
-    for text, index in sorted(added.items(), key=lambda item: item[1]):
-        known = backend.token_to_id(text)
-        if known is None and index == backend.get_vocab_size():
-            token = special.get(text) or AddedToken(text, lstrip=True, rstrip=True, normalized=False)
-            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        elif known != index:
-            wanted = backend.get_vocab_size() if known is None else known
-            raise UserError(f"{path}: the token {text!r} should have the id {wanted:,} and has {index:,}.")
-    backend.add_special_tokens(list(special.values()))
-
-
-def _later_tokens(folder: Path) -> dict[str, Any]:
-    tokens = _object(folder / CONFIG).get("added_tokens_decoder") or {}
-    good = isinstance(tokens, dict) and all(
-        index.isdecimal() and len(index) < 10 and isinstance(token, dict) and isinstance(token.get("content"), str)
-        for index, token in tokens.items()
-    )
-    if not good:
-        raise UserError(f"{folder / CONFIG}: added_tokens_decoder does not give a token to every id.")
-    return tokens
-
-
-def _setting(folder: Path, config: dict[str, Any], name: str, default: bool) -> bool:
-    value = config.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise UserError(f"{folder / CONFIG}: {name} is {str(value)[:60]!r}, neither true nor false.")
-    return default if value is None else value
-
-
-def _length(folder: Path, config: dict[str, Any]) -> int:
-    value = config.get("model_max_length")
-    if value is not None and (not isinstance(value, (int, float)) or not 0 < value < float("inf")):
-        raise UserError(f"{folder / CONFIG}: model_max_length is {str(value)[:60]!r}, not a length.")
-    return int(value or 1e30)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is no file."""
-    if not path.exists():
-        return {}
-    with reading(path, "It should be a JSON object."):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"it is a {type(found).__name__}")
-    return found

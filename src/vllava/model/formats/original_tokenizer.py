@@ -8,7 +8,7 @@ from typing import Any
 
 from vllava.errors import UserError
 from vllava.model.sentencepiece_model import read_model
-from vllava.model.tokenizer import MODEL
+from vllava.model.slow_llama import MODEL
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
