@@ -11,6 +11,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -20,7 +21,7 @@ from vllava.errors import UserError
 
 SPACE = "▁"  # what a space is in a piece
 # Published files have up to 5 MB, 262,144 pieces, 31 characters a piece and 600,000 merges.
-LARGEST, MOST_PIECES, LONGEST, MOST_MERGES = 16 << 20, 500_000, 256, 1_000_000
+LARGEST, MOST_PIECES, LONGEST, MOST_MERGES = 16 << 20, 300_000, 256, 1_000_000
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 _JSON = "Give the folder a tokenizer.json (`save_pretrained` of its own tokenizer class writes one)."
@@ -122,7 +123,7 @@ def pipeline(model: Model) -> Tokenizer:
         )
     )
     backend.normalizer = normalizers.Sequence([*normalise, normalizers.Replace(" ", SPACE)])
-    if not any(before != SPACE == after for text, *_ in model.pieces for before, after in zip(text, text[1:])):  # noqa: B905, RUF007
+    if not any(one != SPACE == next_one for piece in model.pieces for one, next_one in pairwise(piece.text)):
         # No piece reaches over the beginning of a word, so words can be merged one by one: in linear time.
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}*[^{SPACE}]+|{SPACE}+"), "isolated")
     end = [decoders.Strip(" ", left=1)] if model.prefix else []

@@ -21,6 +21,7 @@ MODEL, CONFIG = "tokenizer.model", "tokenizer_config.json"
 LLAMA = (None, "LlamaTokenizer", "LlamaTokenizerFast")  # names of the class; None: not said
 RULES = "rules"  # where a saved folder says that its ids are those of the slow tokenizer
 _SLOW = "LlamaTokenizer of transformers 4.31"
+_NO_SPACE = f"{_SLOW}, no space before a text"
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -137,7 +138,7 @@ def slow_llama(folder: Path, config: dict[str, Any]) -> SlowLlama:
         padding_side="left" if config.get("padding_side") == "left" else "right",
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template"),
         name_or_path=str(folder),
-        **{RULES: _SLOW},
+        **{RULES: _SLOW if model.prefix else _NO_SPACE},
     )
     tokenizer.sentencepiece = data
     return tokenizer

@@ -97,8 +97,10 @@ def _read(folder: Path, config: dict[str, Any]) -> Any:
     has_model, has_json = (folder / MODEL).is_file(), (folder / JSON).is_file()
     if has_model and not has_json:
         return slow_llama(folder, config)
-    if not has_json or not (name in LLAMA[1:] or RULES in config):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if not has_json or (name not in LLAMA[1:] and RULES not in config):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if not has_json or type(tokenizer).__name__ not in LLAMA:
+            return tokenizer
     # The Llama class of transformers 5 puts a normaliser of its own in the place of the file's.
     tokenizer = SlowLlama.from_pretrained(folder, local_files_only=True)
     tokenizer.sentencepiece = (folder / MODEL).read_bytes() if has_model else None
