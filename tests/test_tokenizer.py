@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -182,6 +183,14 @@ def test_what_legacy_means_after_a_special_token(published):
     tokenizer = published["legacy false"][1]
     assert tokenizer.tokenize("a</s>USER") == shown["legacy false"]
     assert ids(tokenizer, ["a</s>USER", "b"]) == [ids(tokenizer, "a</s>USER"), ids(tokenizer, "b")]
+
+
+@pytest.mark.parametrize("name", ["legacy absent", "legacy false"])
+def test_the_time_grows_with_the_text_and_no_faster(published, name):
+    tokenizer = published[name][1]
+    start = time.process_time()
+    assert len(ids(tokenizer, "a</s>USER: b" * 10_000)) > 50_000
+    assert time.process_time() - start < 8  # a tenth of it, unless each token looks at all of them
 
 
 # --- offsets and text -------------------------------------------------------------------------------------------------

@@ -63,25 +63,24 @@ class SlowLlama(PreTrainedTokenizerFast):
 
     def _without_spaces(self, encoding: Any) -> list[int | None]:
         """Ids with the spaces taken away that were put after special tokens; None for a token of nothing else."""
-        ids: list[int | None] = list(encoding.ids)
-        added = self._added_ids()
+        ids, tokens = encoding.ids, encoding.tokens  # each reading of them is a copy
         masks = encoding.special_tokens_mask  # of tokens that the text does not have
+        added = set(self._tokenizer.get_added_tokens_decoder())
         special = [mask or index in added for index, mask in zip(ids, masks, strict=True)]
+        kept: list[int | None] = list(ids)
         for place in range(1, len(ids)):
-            after = encoding.ids[place - 1] in added and not masks[place - 1]
-            if not after or special[place]:
+            if not special[place - 1] or masks[place - 1] or special[place]:
                 continue
-            token = encoding.tokens[place]
-            following = encoding.tokens[place + 1] if place + 1 < len(ids) and not special[place + 1] else ""
+            token = tokens[place]
+            following = tokens[place + 1] if place + 1 < len(ids) and not special[place + 1] else ""
             if not token.startswith(SPACE) or (token + following).startswith(2 * SPACE):
                 continue  # the text itself begins with a space: then 4.31 leaves both
-            ids[place] = self._tokenizer.token_to_id(token[1:]) if token != SPACE else None
-            if ids[place] is None and token != SPACE:
-                ids[place] = self._tokenizer.token_to_id(self._tokenizer.model.unk_token)
-        return ids
+            kept[place] = self._id_of(token[1:]) if token != SPACE else None
+        return kept
 
-    def _added_ids(self) -> set[int]:
-        return set(self._tokenizer.get_added_tokens_decoder())
+    def _id_of(self, piece: str) -> int:
+        index = self._tokenizer.token_to_id(piece)
+        return self._tokenizer.token_to_id(self._tokenizer.model.unk_token) if index is None else index
 
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **settings: Any) -> list:
         """The tokens of a text."""
