@@ -79,7 +79,7 @@ def test_the_ids_are_those_that_the_slow_tokenizer_gave(published, name):
     assert not wrong and len(FROZEN["texts"]) > 200
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", ["special tokens as texts", "legacy false, added tokens"])
 def test_a_saved_tokenizer_gives_the_same_ids_and_keeps_its_file(published, name, tmp_path):
     folder, tokenizer = published[name]
     tokenizer.save_pretrained(tmp_path / "one")
