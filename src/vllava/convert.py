@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vllava.errors import UserError
+from vllava.errors import UserError, reading
 from vllava.model.files import Checkpoint, local_folder
 from vllava.model.formats import read_original, read_ours, read_port, write_original, write_ours, write_port
 
@@ -14,20 +14,22 @@ from vllava.model.formats import read_original, read_ours, read_port, write_orig
 def import_checkpoint(source: str, out: Path, towers: dict[str, str], template: str) -> None:
     """Write one of our checkpoint folders from an original checkpoint or one of the port in `transformers`."""
     folder = local_folder(source)
-    if Checkpoint(folder).config.get("model_type") == "video_llava":
-        parts = read_port(folder)
-    else:
-        parts = read_original(folder, towers)
+    with reading(f"The checkpoint {source}", "Is it complete, and a Video-LLaVA?"):
+        if Checkpoint(folder).config.get("model_type") == "video_llava":
+            parts = read_port(folder)
+        else:
+            parts = read_original(folder, towers)
     write_ours(parts, out, template)
 
 
-def export_checkpoint(source: Path, out: Path, layout: str, drop_temporal_attention: bool) -> None:
-    """Write one of our checkpoint folders in another layout."""
-    parts = read_ours(source)
+def export_checkpoint(source: Path, out: Path, layout: str, drop_temporal_attention: bool) -> list[str]:
+    """Write one of our checkpoint folders in another layout; returns what its code cannot do with it."""
+    with reading(f"The checkpoint {source}", "Is it complete?"):
+        parts = read_ours(source)
     if layout == "original":
-        write_original(parts, out)
-    else:
-        write_port(parts, out, drop_temporal_attention)
+        return write_original(parts, out)
+    write_port(parts, out, drop_temporal_attention)
+    return []
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,7 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
             towers = {"image": options.image_tower, "video": options.video_tower}
             import_checkpoint(options.source, options.out, {k: v for k, v in towers.items() if v}, options.template)
         else:
-            export_checkpoint(options.source, options.out, options.to, options.drop_temporal_attention)
+            notes = export_checkpoint(options.source, options.out, options.to, options.drop_temporal_attention)
+            for note in notes:
+                print(f"note: the original code cannot open {note}", file=sys.stderr)
     except UserError as error:
         sys.exit(f"error: {error.paragraph}")
     print(options.out)

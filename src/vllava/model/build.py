@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     CLIPConfig,
     LlamaConfig,
@@ -26,19 +25,8 @@ from vllava.model.encoders import Encoder
 from vllava.model.files import Checkpoint
 from vllava.model.languagebind import LanguageBind
 from vllava.model.lora import Lora, add_lora
+from vllava.model.tokenizer import load_tokenizer
 from vllava.model.video_llava import VideoLlava
-
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer saved at `path`; raises UserError if there is none, or if it is not a fast one."""
-    _local_or_hub(path, "tokenizer")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"No tokenizer at {path} ({str(error).splitlines()[0]}).") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"The tokenizer at {path} is not a fast one: labels need its character offsets.")
-    return tokenizer
 
 
 def load_llm(

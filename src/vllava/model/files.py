@@ -37,7 +37,6 @@ class Checkpoint:
         if not (self.folder / "config.json").is_file():
             raise UserError(f"No checkpoint at {self.folder}: it has no config.json. Give the folder of a saved model.")
         self.config = self._json("config.json")
-        self.weights = self._weights()
 
     def _json(self, name: str) -> Any:
         try:
@@ -45,7 +44,8 @@ class Checkpoint:
         except ValueError as error:
             raise UserError(f"{self.folder / name} is not valid JSON ({error}).") from error
 
-    def _weights(self) -> list[Path]:
+    @cached_property
+    def weights(self) -> list[Path]:
         """The files of the weights."""
         for name in WEIGHTS:
             if (self.folder / name).is_file():
