@@ -7,27 +7,39 @@ import sys
 from pathlib import Path
 
 from vllava.errors import UserError
+from vllava.folders import require_replaceable
+from vllava.model.checkpoint import read_description
 from vllava.model.files import Checkpoint, local_folder
 from vllava.model.formats import read_original, read_ours, read_port, write_original, write_ours, write_port
 
 
-def import_checkpoint(source: str, out: Path, towers: dict[str, str], template: str) -> None:
-    """Write one of our checkpoint folders from an original checkpoint or one of the port in `transformers`."""
+def import_checkpoint(source: str, out: Path, towers: dict[str, str], template: str, overwrite: bool = False) -> None:
+    """Write one of our checkpoint folders from an original checkpoint or one of the port in `transformers`.
+
+    overwrite: even where `out` holds what we did not write; never what is being read.
+    """
     folder = local_folder(source)
+    named = [Checkpoint(folder).config.get(f"mm_{kind}_tower") for kind in ("image", "video")]
+    require_replaceable(out, overwrite, [folder, *(Path(path) for path in (*towers.values(), *named) if path)])
     if Checkpoint(folder).config.get("model_type") == "video_llava":
         parts = read_port(folder)
     else:
         parts = read_original(folder, towers)
-    write_ours(parts, out, template)
+    write_ours(parts, out, template, overwrite=overwrite)
 
 
-def export_checkpoint(source: Path, out: Path, layout: str, drop_temporal_attention: bool) -> None:
-    """Write one of our checkpoint folders in another layout."""
+def export_checkpoint(
+    source: Path, out: Path, layout: str, drop_temporal_attention: bool, overwrite: bool = False
+) -> None:
+    """Write one of our checkpoint folders in another layout; `overwrite` as for `import_checkpoint`."""
+    description = read_description(source)
+    paths = (description.llm, *(settings.get("path", source) for settings in description.encoders.values()))
+    require_replaceable(out, overwrite, [source, *(Path(path) for path in paths)])
     parts = read_ours(source)
     if layout == "original":
-        write_original(parts, out)
+        write_original(parts, out, overwrite)
     else:
-        write_port(parts, out, drop_temporal_attention)
+        write_port(parts, out, drop_temporal_attention, overwrite)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,13 +62,20 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="export to transformers although its port has no temporal attention: it will be another model",
     )
+    for command in (take, give):
+        command.add_argument(
+            "--overwrite", action="store_true", help="replace OUT even if it holds what this program did not write"
+        )
     options = parser.parse_args(arguments)
     try:
         if options.command == "import":
             towers = {"image": options.image_tower, "video": options.video_tower}
-            import_checkpoint(options.source, options.out, {k: v for k, v in towers.items() if v}, options.template)
+            given = {kind: path for kind, path in towers.items() if path}
+            import_checkpoint(options.source, options.out, given, options.template, options.overwrite)
         else:
-            export_checkpoint(options.source, options.out, options.to, options.drop_temporal_attention)
+            export_checkpoint(
+                options.source, options.out, options.to, options.drop_temporal_attention, options.overwrite
+            )
     except UserError as error:
         sys.exit(f"error: {error.paragraph}")
     print(options.out)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from vllava.errors import UserError
+from vllava.folders import replacing
 from vllava.model.build import load_tokenizer
 from vllava.model.checkpoint import (
     LLM,
@@ -28,8 +29,9 @@ from vllava.model.checkpoint import (
     write_description,
 )
 from vllava.model.encoders import CLIP_SETTINGS, vision_config
-from vllava.model.files import Checkpoint, replacing, require_same, write_tensors
+from vllava.model.files import Checkpoint, require_same, write_tensors
 from vllava.model.languagebind import VisionTower
+from vllava.model.llm import read_config
 
 Tensors = dict[str, Tensor]
 MEDIA_TOKENS = ("<image>", "<video>")
@@ -78,7 +80,7 @@ def read_ours(folder: Path) -> Parts:
         raise UserError(f"{folder}: the encoders' feature layers differ ({sorted(layers)}); other formats know one.")
     llm = Checkpoint(llm_folder)
     return Parts(
-        AutoConfig.from_pretrained(llm.folder),
+        read_config(llm, str(llm.folder)),
         llm.tensors(),
         read_projector(folder / PROJECTOR),
         towers,
@@ -88,9 +90,11 @@ def read_ours(folder: Path) -> Parts:
     )
 
 
-def write_ours(parts: Parts, folder: Path, template: str = "vicuna_v1", image_fit: str = "pad") -> None:
+def write_ours(
+    parts: Parts, folder: Path, template: str = "vicuna_v1", image_fit: str = "pad", overwrite: bool = False
+) -> None:
     """One of our checkpoint folders that holds every part, the frozen towers too."""
-    with replacing(folder) as unfinished:
+    with replacing(folder, overwrite) as unfinished:
         encoders = {}
         for kind, tower in parts.towers.items():
             name = f"{kind}_encoder"
@@ -179,11 +183,11 @@ _LLAMA_SETTINGS = (
 )
 
 
-def write_original(parts: Parts, folder: Path) -> None:
+def write_original(parts: Parts, folder: Path, overwrite: bool = False) -> None:
     """The original's layout; its towers' settings go to folders beside the weights, where its config.json points."""
     if parts.llm_config.model_type != "llama":
         raise UserError(f"The original holds a Llama; this model has a {parts.llm_config.model_type}.")
-    with replacing(folder) as unfinished:
+    with replacing(folder, overwrite) as unfinished:
         config = {
             "architectures": ["LlavaLlamaForCausalLM"],
             "mm_projector_type": "mlp2x_gelu",
@@ -268,7 +272,7 @@ def _port_name(name: str) -> str:
     return name
 
 
-def write_port(parts: Parts, folder: Path, drop_temporal_attention: bool = False) -> None:
+def write_port(parts: Parts, folder: Path, drop_temporal_attention: bool = False, overwrite: bool = False) -> None:
     """What `VideoLlavaForConditionalGeneration.from_pretrained` opens, with a model card.
 
     Raises UserError where the port cannot hold the model: it has two towers of the same sizes and no temporal
@@ -321,7 +325,7 @@ def write_port(parts: Parts, folder: Path, drop_temporal_attention: bool = False
     require_same(tensors, port.state_dict(), "These parts do not fit the port")
     port.load_state_dict(tensors, assign=True)
     port.tie_weights()
-    with replacing(folder) as unfinished:
+    with replacing(folder, overwrite) as unfinished:
         port.save_pretrained(unfinished)
         parts.tokenizer.save_pretrained(unfinished)
         (unfinished / "README.md").write_text(_card(video.temporal))
