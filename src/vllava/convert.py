@@ -6,11 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from vllava.errors import UserError
+from vllava.errors import UserError, reading
 from vllava.folders import require_replaceable
-from vllava.model.checkpoint import read_description
+from vllava.model.checkpoint import LLM, read_description
 from vllava.model.files import Checkpoint, local_folder
 from vllava.model.formats import read_original, read_ours, read_port, write_original, write_ours, write_port
+from vllava.model.llm import require_sizes
 
 
 def import_checkpoint(source: str, out: Path, towers: dict[str, str], template: str, overwrite: bool = False) -> None:
@@ -20,11 +21,13 @@ def import_checkpoint(source: str, out: Path, towers: dict[str, str], template: 
     """
     folder = local_folder(source)
     named = [Checkpoint(folder).config.get(f"mm_{kind}_tower") for kind in ("image", "video")]
-    require_replaceable(out, overwrite, [folder, *(Path(path) for path in (*towers.values(), *named) if path)])
-    if Checkpoint(folder).config.get("model_type") == "video_llava":
-        parts = read_port(folder)
-    else:
-        parts = read_original(folder, towers)
+    read = [path for path in (*towers.values(), *named) if isinstance(path, str) and path]
+    require_replaceable(out, overwrite, [folder, *map(Path, read)])
+    checkpoint = Checkpoint(folder)
+    require_sizes(checkpoint)
+    with reading(f"The checkpoint {folder}"):
+        is_port = checkpoint.config.get("model_type") == "video_llava"
+        parts = read_port(folder) if is_port else read_original(folder, towers)
     write_ours(parts, out, template, overwrite=overwrite)
 
 
@@ -33,9 +36,11 @@ def export_checkpoint(
 ) -> None:
     """Write one of our checkpoint folders in another layout; `overwrite` as for `import_checkpoint`."""
     description = read_description(source)
-    paths = (description.llm, *(settings.get("path", source) for settings in description.encoders.values()))
-    require_replaceable(out, overwrite, [source, *(Path(path) for path in paths)])
-    parts = read_ours(source)
+    read = [settings["path"] for settings in description.encoders.values() if "path" in settings]
+    read += [description.llm] if description.llm != LLM else []
+    require_replaceable(out, overwrite, [source, *map(Path, read)])
+    with reading(f"The checkpoint {source}"):
+        parts = read_ours(source)
     if layout == "original":
         write_original(parts, out, overwrite)
     else:

@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -89,9 +89,18 @@ def require_replaceable(
     A folder that is not there or empty may be, and one whose contents we wrote ourselves; with `overwrite`, any other
     too. Never a link, a file, the current or the home folder or one above them, or what is being read: `inputs`.
     """
+    try:
+        _require_replaceable(folder, overwrite, inputs, not_ours)
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, a place that is closed to us
+        raise UserError(f"{str(folder)[:200]} cannot be written ({reason(error)}).") from error
+
+
+def _require_replaceable(
+    folder: Path, overwrite: bool, inputs: Iterable[Path], not_ours: Callable[[Path], list[str]]
+) -> None:
+    target = folder.resolve()
     if folder.is_symlink():
         raise UserError(f"{folder} is a link: name the folder that is to be written itself.")
-    target = folder.resolve()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, and a folder is to be written there: choose another name.")
     for place, name in ((Path.cwd(), "current"), (Path.home(), "home")):
@@ -101,9 +110,11 @@ def require_replaceable(
                 "name a new folder. An empty name means the current folder."
             )
     occupied = folder.is_dir() and any(folder.iterdir())
-    for source in (path.resolve() for path in inputs):
-        if target == source or target in source.parents or (occupied and source in target.parents):
-            raise UserError(f"{folder} is, holds or is part of {source}, which is being read: name another folder.")
+    for path in inputs:
+        with suppress(OSError, ValueError):  # of a name that no folder can have
+            source = path.resolve()
+            if target == source or target in source.parents or (occupied and source in target.parents):
+                raise UserError(f"{folder} is, holds or is part of {source}, which is being read: name another folder.")
     if occupied and not overwrite and (found := not_ours(folder)):
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise UserError(

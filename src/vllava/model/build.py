@@ -19,7 +19,7 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
-from vllava.errors import UserError
+from vllava.errors import UserError, reading
 from vllava.model.attention import PACKED
 from vllava.model.encoders import Encoder
 from vllava.model.files import Checkpoint, require_same
@@ -84,9 +84,10 @@ def _nf4() -> BitsAndBytesConfig:
 
 def _local_or_hub(path: str, what: str) -> None:
     """Raises UserError for a folder that is not there, which `transformers` would go and look for on a hub."""
-    folder = Path(path)
-    if not folder.exists() and (folder.is_absolute() or Path(folder.parts[0]).exists()):
-        raise UserError(f"No {what} at {path}: there is no such folder.")
+    with reading(f"The {what} at {path[:200]}"):
+        folder = Path(path)
+        if not folder.exists() and (folder.is_absolute() or Path(folder.parts[0]).exists()):
+            raise UserError(f"No {what} at {path}: there is no such folder.")
 
 
 def fresh_llm(

@@ -126,7 +126,7 @@ def load(folder: str | Path, num_frames: int | None = None) -> tuple[VideoLlava,
     llm_path = str(folder / LLM) if description.llm == LLM else description.llm
     encoders = {kind: _encoder(settings) for kind, settings in description.encoders.items()}
     model = video_llava(load_llm(llm_path), encoders.get("image"), encoders.get("video"))
-    require_parts(model, description.sha256, folder / DESCRIPTION)
+    require_parts(model, description.sha256, folder)
     if model.encoders:
         load_projector(model, folder / PROJECTOR)
     return model.eval(), load_tokenizer(llm_path), description

@@ -70,6 +70,7 @@ class ClipEncoder(Encoder):
             config.add_time_attn or not self.video or not temporal,
             "has no temporal attention: it is not an encoder for videos",
         )
+        checkpoint.require(type(temporal) is bool, f"cannot take temporal={temporal!r}: true or false")
         checkpoint.require(temporal or not config.add_time_attn, "has temporal attention: it is not for temporal=false")
         require_hidden_state(checkpoint, feature_layer, config.num_hidden_layers)
         checkpoint.require(

@@ -132,7 +132,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    with reading(f"{path} as a file of tensors", "Is it complete?"):
+    with reading(path, "Is it a complete file of tensors?"):
         return load_file(path) if path.suffix == ".safetensors" else only_tensors(load_pickled(path))
 
 

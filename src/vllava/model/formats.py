@@ -71,6 +71,8 @@ def read_ours(folder: Path) -> Parts:
     llm_folder = folder / LLM if description.llm == LLM else Path(description.llm)
     towers, layers = {}, set()
     for kind, settings in description.encoders.items():
+        if settings.get("_target_") != "vllava.model.encoders.ClipEncoder":
+            raise UserError(f"{folder}: the {kind} encoder is a {settings.get('_target_')}; other formats know CLIP's.")
         tower = Checkpoint(settings["path"])
         towers[kind] = Tower(_tower_config(tower), _under(tower.tensors(), "vision_model."))
         if settings.get("frames") and towers[kind].temporal:
@@ -79,7 +81,7 @@ def read_ours(folder: Path) -> Parts:
     if len(layers) != 1:
         raise UserError(f"{folder}: the encoders' feature layers differ ({sorted(layers)}); other formats know one.")
     llm = Checkpoint(llm_folder)
-    return Parts(
+    parts = Parts(
         read_config(llm, str(llm.folder)),
         llm.tensors(),
         read_projector(folder / PROJECTOR),
@@ -88,6 +90,7 @@ def read_ours(folder: Path) -> Parts:
         layers.pop(),
         description.origin,
     )
+    return _checked(parts, folder)
 
 
 def write_ours(
@@ -383,6 +386,8 @@ def _tower_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _checked(parts: Parts, folder: Path) -> Parts:
     """The parts, if each has exactly the tensors that its settings ask for."""
+    if type(parts.feature_layer) is not int:
+        raise UserError(f"{folder} takes features of layer {parts.feature_layer!r}, which is no number.")
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(parts.llm_config)
     wanted = dict(llm.state_dict())

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -42,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_layout(path: Path) -> dict[str, Tensor]:
     """The layout of a .safetensors or .bin file; raises UserError where the file does not hold what it announces."""
-    with reading(f"{path} as a file of tensors", "Is it complete?"):
+    with reading(path, "Is it a complete file of tensors?"):
         return _safetensors_layout(path) if path.suffix == ".safetensors" else _pickled_layout(path)
 
 
@@ -99,7 +101,7 @@ def _pickled_layout(path: Path) -> dict[str, Tensor]:
     held = Counter(member.file_size for member in members if "/data/" in member.filename)
     if sum(member.file_size for member in members) > path.stat().st_size:
         raise ValueError("its contents are larger than the file")
-    layout = only_tensors(torch.load(path, map_location="meta", weights_only=True))
+    layout = only_tensors(load_pickled(path, "meta"))
     storages = {value.untyped_storage()._cdata: value.untyped_storage().nbytes() for value in layout.values()}
     if Counter(storages.values()) - held:
         raise ValueError("it announces tensors of other sizes than it holds")
@@ -109,9 +111,18 @@ def _pickled_layout(path: Path) -> dict[str, Tensor]:
     return layout
 
 
-def load_pickled(path: Path) -> Any:
-    """What a .bin file holds, mapped rather than read where it can be; nothing but tensors is unpickled."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+def load_pickled(path: Path, device: str = "cpu") -> Any:
+    """What a .bin file holds; nothing but tensors is unpickled. Mapped rather than read, if it can be."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about versions of pickle
+            mapped = device == "cpu" and zipfile.is_zipfile(path)
+            return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is damaged, or holds something else than tensors: pickled program code is never run here. "
+            "Take the model's .safetensors file."
+        ) from error
 
 
 def only_tensors(found: Any) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ _LARGEST_SIZE = 1 << 24  # of anything a config.json counts; the largest vocabul
 _COUNTED = re.compile(
     r"^(num|n)_(?!param)|(^|_)(size|dim|heads|embd|inner|positions?|embeddings|rank|layers|depth)(_|$)"
 )
+_POSITIVE = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads")
 _REPEATED = re.compile(r"^(num|n)_.*(layers?|experts)$|layers$|^depth$")  # each costs time to build
 _CONSTANTS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
@@ -71,11 +72,7 @@ def read_config(checkpoint: Checkpoint, path: str) -> PreTrainedConfig:
         "is quantised, and such weights cannot be trained: give the model it was made from; model.llm.four_bit=true "
         "quantises while loading",
     )
-    for key, value in _sizes(given):
-        most = MOST_LAYERS if _REPEATED.search(key) else _LARGEST_SIZE
-        checkpoint.require(
-            value <= most, f"has {key}={str(value)[:40]} in its config.json, more than any model has (at most {most:,})"
-        )
+    require_sizes(checkpoint)
     try:
         with reading(f"The settings {checkpoint.folder / 'config.json'}"):
             config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -92,6 +89,16 @@ def read_config(checkpoint: Checkpoint, path: str) -> PreTrainedConfig:
     raise UserError(
         f"No language model at {path}: a {given.get('model_type')} is not among the causal LMs of transformers."
     )
+
+
+def require_sizes(checkpoint: Checkpoint) -> None:
+    """Raises UserError that names a size in config.json which no model has, before anything of it is built."""
+    for key, value in _sizes(checkpoint.config):
+        most = MOST_LAYERS if _REPEATED.search(key) else _LARGEST_SIZE
+        checkpoint.require(
+            value <= most and (value > 0 or key not in _POSITIVE),
+            f"has {key}={str(value)[:40]} in its config.json, where at most {most:,} is expected and more than none",
+        )
 
 
 def _sizes(node: Any, key: str = "") -> Iterator[tuple[str, int]]:
@@ -118,7 +125,8 @@ def require_room(checkpoint: Checkpoint, wanted: nn.Module) -> None:
     whole = [
         f"{str(value.dtype).removeprefix('torch.')}, expected numbers of 16 bits or more: {name}"
         for name, value in layout.items()
-        if value.dtype not in FLOATS and _floating(expected.get(name, expected.get(prefix + name)))
+        if value.dtype not in FLOATS
+        and any(_floating(expected.get(alias)) for alias in (name, prefix + name, name.removeprefix(prefix)))
     ]
     refuse(otherwise, [], [], whole)
 
@@ -154,10 +162,13 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the notices of `transformers`: what it tells of a checkpoint we judge, and say, ourselves."""
-    level = transformers_logging.get_verbosity()
+    """Without the notices and bars of `transformers`: what it tells of a checkpoint we judge, and say, ourselves."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
