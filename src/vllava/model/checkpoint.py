@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from vllava.batch import MEDIA_KINDS
-from vllava.errors import UserError, reading
+from vllava.errors import UserError, reading, reason
 from vllava.folders import replacing
 from vllava.model.build import load_llm, load_tokenizer, video_llava
 from vllava.model.encoders import Encoder
@@ -83,7 +83,10 @@ def read_description(folder: Path) -> Description:
         )
     with reading(path, "Is it the description of a checkpoint?"):
         content = read_json(path)
-        description = Description(**content)
+        try:
+            description = Description(**content)
+        except TypeError as error:
+            raise UserError(f"{path} cannot be understood ({reason(error)}).") from error
         for name, fits in _FORM.items():
             if not fits(getattr(description, name)):
                 raise UserError(f"{path} cannot be understood: {name} is {str(content.get(name))[:80]}.")
@@ -183,6 +186,8 @@ def load_projector(model: VideoLlava, path: Path) -> None:
             description.sha256["llm"] = Checkpoint(path.parent / LLM).sha256  # not recorded by earlier versions
         require_parts(model, description.sha256, path)
     tensors = read_projector(path)
-    require_same(tensors, model.projector.state_dict(), f"{path} does not fit this model's projector")
+    require_same(
+        tensors, model.projector.state_dict(), f"{path} is a projector of other sizes or another make than this model's"
+    )
     model.projector.load_state_dict(tensors)
     warn_of_no_numbers(model.projector, path)
