@@ -171,6 +171,13 @@ def test_a_checkpoint_of_a_version_that_kept_no_record_is_known_by_its_names(tmp
     assert len(strangers(tmp_path / "old")) == 3  # any model's files: not ours
 
 
+def test_the_foundations_shipped_are_as_recorded_so_that_they_can_be_rebuilt_in_place():
+    assets = Path(__file__).parents[1] / "assets"
+    assert {folder.name: strangers(folder) for folder in assets.iterdir() if folder.is_dir()} == {
+        name: [] for name in ("clip", "languagebind-image", "languagebind-video", "llm", "mae", "tokenizer")
+    }
+
+
 def test_the_toy_world_replaces_and_removes_its_own_shards_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setitem(toy.SPLITS, "tiny", (toy.Source("tiny/text", "text", "questions", 3),))
     folder = tmp_path / "tiny" / "text"

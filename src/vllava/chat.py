@@ -117,6 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(answer, flush=True)
     except UserError as error:
         sys.exit(f"error: {error.paragraph}")
+    except KeyboardInterrupt:
+        return 130  # what a shell gives for Ctrl-C
     return 0
 
 

@@ -63,6 +63,8 @@ def save_trained(model: VideoLlava, tokenizer: Any, description: Description, fo
             description.sha256["llm"] = Checkpoint(unfinished / LLM).sha256
         elif hasattr(model.llm, "sha256"):
             description.sha256["llm"] = model.llm.sha256
+        elif Path(description.llm).is_dir():
+            description.sha256["llm"] = Checkpoint(description.llm).sha256
         if model.encoders:
             write_tensors(model.projector.state_dict(), unfinished, PROJECTOR)
         write_description(description, unfinished)
