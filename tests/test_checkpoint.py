@@ -107,7 +107,9 @@ def test_a_language_model_with_other_tensors_is_refused_by_name_and_without_a_ta
     assert "REPORT" not in shown.out + shown.err
 
 
-@pytest.mark.parametrize("how", ["as saved", "no prefix", "constants", "half", "pickled", "pickled, old", "sharded"])
+@pytest.mark.parametrize(
+    "how", ["as saved", "no prefix", "constants", "half", "pickled", "pickled, old", "sharded", "names a kernel"]
+)
 def test_a_language_model_in_any_right_form_is_the_same(make_llm, llm_folder, how):
     change = {
         "no prefix": lambda t: {n.removeprefix("model."): v for n, v in t.items()},
@@ -120,6 +122,8 @@ def test_a_language_model_in_any_right_form_is_the_same(make_llm, llm_folder, ho
         pickled(llm_folder, _use_new_zipfile_serialization=how == "pickled")
     elif how == "sharded":
         sharded(llm_folder)
+    elif how == "names a kernel":  # which `transformers` would look for on a hub, and run
+        edit_json(llm_folder / "config.json", attn_implementation="some/kernel")
     found, expected = load_llm(str(llm_folder)), make_llm()
     for name, value in expected.state_dict().items():
         wanted = value.half().float() if how == "half" else value

@@ -137,7 +137,7 @@ def make(settings: dict[str, Any], gpus: int) -> Plan:
     }
     config: Any = config_at(settings["foundations"]["llm"])
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        llm = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
     width = config.hidden_size
     parameters = {f"{kind} encoder": encoder.parameters for kind, encoder in encoders.items()}
     features = next(encoder.width for encoder in encoders.values())

@@ -164,6 +164,7 @@ class MaeEncoder(Encoder):
         depth = require_hidden_state(checkpoint, feature_layer, layers)
         with reading(f"The settings {checkpoint.folder / 'config.json'}"), torch.device("meta"):
             config = ViTMAEConfig.from_dict({**checkpoint.config, "mask_ratio": 0.0, "num_hidden_layers": depth})
+            config._attn_implementation = "sdpa"  # whatever the file says: it may name a kernel to download
             expected = ViTMAEModel(config)
         require_room(checkpoint, expected)
         tensors = checkpoint.tensors()

@@ -389,7 +389,7 @@ def _checked(parts: Parts, folder: Path) -> Parts:
     if type(parts.feature_layer) is not int:
         raise UserError(f"{folder} takes features of layer {parts.feature_layer!r}, which is no number.")
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(parts.llm_config, trust_remote_code=False)
+        llm = AutoModelForCausalLM.from_config(parts.llm_config, attn_implementation="eager", trust_remote_code=False)
     wanted = dict(llm.state_dict())
     if parts.llm_config.tie_word_embeddings and "lm_head.weight" not in parts.llm:
         wanted.pop("lm_head.weight", None)

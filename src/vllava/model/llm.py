@@ -37,7 +37,7 @@ def read_llm(checkpoint: Checkpoint, path: str, **settings: Any) -> PreTrainedMo
     config = read_config(checkpoint, path)
     with reading(f"The language model at {path}"):
         with torch.device("meta"):
-            wanted = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            wanted = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, trust_remote_code=False)
         require_room(checkpoint, wanted)
         tensors = checkpoint.tensors()
         with quiet():
