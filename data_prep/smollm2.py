@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from vllava.errors import UserError
+from vllava.folders import replacing, require_replaceable
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -28,7 +31,7 @@ def packaged() -> Path:
 
 def dequantised(folder: Path) -> PreTrainedModel:
     """The model in half precision, free of its file format: one that says it is quantised cannot be trained further."""
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32, trust_remote_code=False)
     config = copy.deepcopy(model.config)
     del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
@@ -41,12 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("models/smollm2-135m"), help="folder to write (default: %(default)s)"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder whatever it holds")
     options = parser.parse_args(arguments)
     folder = packaged()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    model = dequantised(folder)
-    model.save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
+    try:
+        require_replaceable(options.out, options.overwrite)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False)
+        model = dequantised(folder)
+        with replacing(options.out, options.overwrite) as unfinished:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+    except UserError as error:
+        sys.exit(f"error: {error.paragraph}")
     print(f"{options.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens")
     return 0
 

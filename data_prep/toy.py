@@ -7,12 +7,15 @@ scene. Shards are bit-identical from run to run, whatever the number of processe
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,10 +33,14 @@ from data_prep.toy_language import (
 )
 from data_prep.toy_render import encode_jpeg, encode_mp4, render
 from data_prep.toy_scene import MAX_THINGS, POPULAR_PAIRS, Scene, draw_clip, draw_picture
+from vllava.data.writing import sha256_of
+from vllava.errors import UserError
+from vllava.folders import RECORD, replacing, require_replaceable, strangers
 
 SHARD_SAMPLES = 512
 STILL_TYPES = ("colour", "shape", "size", "position", "count", "relation", "exist")
 PROBES = ("random", "popular", "adversarial")
+_FEATURES = re.compile(r"features/[0-9a-f]{16}(/[^/]+\.(tar|json))?")  # see vllava.features
 
 
 @dataclass(frozen=True)
@@ -157,19 +164,45 @@ def _write(job: tuple[Path, Source, int, int, int]) -> dict:
     return write_shard(folder / f"{shard:05d}.tar", _samples(source, seed, shard, count))
 
 
+def not_ours(folder: Path) -> list[str]:
+    """What in a source's folder is neither as this program wrote it nor encoder outputs that a run keeps there."""
+    names = strangers(folder)
+    if not (folder / RECORD).is_file():  # written by a version that kept none: its manifest lists the shards
+        try:
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+            written = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
+            toy = manifest["settings"]["world"] == "toy"
+        except (OSError, ValueError, KeyError, TypeError):
+            return names
+        names = [name for name in names if not toy or name != MANIFEST]
+        names = [name for name in names if name not in written or sha256_of(folder / name) != written[name]]
+    return [name for name in names if not _FEATURES.fullmatch(name)]
+
+
+def remove(split: str, out: Path) -> None:
+    """Remove the sources of a split; raises UserError where a folder holds anything else."""
+    for source in SPLITS[split]:
+        folder = out / source.name
+        if folder.is_dir():
+            require_replaceable(folder, not_ours=not_ours)
+            shutil.rmtree(folder)
+            with suppress(OSError):  # what holds something else stays
+                folder.parent.rmdir()
+                out.rmdir()
+
+
 def make(split: str, out: Path, seed: int, scale: float, processes: int) -> None:
     """Write all sources of a split below `out`; `scale` multiplies their sample counts."""
     with ProcessPoolExecutor(processes) as pool:
         for source in SPLITS[split]:
             total = max(1, round(source.samples * scale))
             folder = out / source.name
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            starts = range(0, total, SHARD_SAMPLES)
-            jobs = [(folder, source, seed, i, min(SHARD_SAMPLES, total - s)) for i, s in enumerate(starts)]
-            shards = list(pool.map(_write, jobs))
-            settings = {"world": "toy", "seed": seed, **asdict(source), "samples": total}
-            write_manifest(folder, shards, settings)
+            with replacing(folder, not_ours=not_ours) as unfinished:
+                starts = range(0, total, SHARD_SAMPLES)
+                jobs = [(unfinished, source, seed, i, min(SHARD_SAMPLES, total - s)) for i, s in enumerate(starts)]
+                shards = list(pool.map(_write, jobs))
+                settings = {"world": "toy", "seed": seed, **asdict(source), "samples": total}
+                write_manifest(unfinished, shards, settings)
             size = sum(shard["bytes"] for shard in shards)
             print(f"{folder / MANIFEST}: {total} samples, {len(shards)} shards, {size / 1e6:.1f} MB", flush=True)
 
@@ -185,9 +218,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the world (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every sample count (default: %(default)s)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="parallel writers (default: all cores)")
+    parser.add_argument("--remove", action="store_true", help="remove these splits instead of making them")
     options = parser.parse_args(arguments)
-    for split in options.splits:
-        make(split, options.out, options.seed, options.scale, options.processes)
+    try:
+        for split in options.splits:
+            if options.remove:
+                remove(split, options.out)
+            else:
+                make(split, options.out, options.seed, options.scale, options.processes)
+    except UserError as error:
+        sys.exit(f"error: {error.paragraph}")
     return 0
 
 

@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep.toy_language import phrases
 from vllava.conversation import VICUNA_SYSTEM
+from vllava.errors import UserError
+from vllava.folders import replacing
 
 VOCABULARY = 1024  # at most; the toy world's words need fewer
 SHARDS = 10  # of each source: enough to have seen every word
@@ -61,7 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=4096
     )
-    fast.save_pretrained(options.out)
+    try:
+        with replacing(options.out) as unfinished:
+            fast.save_pretrained(unfinished)
+    except UserError as error:
+        sys.exit(f"error: {error.paragraph}")
     print(f"{options.out}: {len(fast)} tokens")
     return 0
 

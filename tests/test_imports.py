@@ -11,13 +11,14 @@ SRC = Path(__file__).parents[1] / "src" / "vllava"
 # What each part of the package may import from the package; parts that are not listed put a run together.
 MAY_IMPORT = {
     "errors": set(),
+    "folders": {"errors"},
     "batch": {"errors"},
     "templates": {"errors"},
     "conversation": {"batch", "errors", "templates"},
     "data": {"batch", "errors", "conversation"},
-    "model": {"batch", "errors", "conversation"},
+    "model": {"batch", "errors", "folders", "conversation"},
     "training": {"batch", "errors", "model"},
-    "evaluation": {"batch", "errors", "conversation", "data", "model"},
+    "evaluation": {"batch", "errors", "folders", "conversation", "data", "model"},
 }
 HYDRA = {"hydra", "omegaconf"}
 MAY_USE_HYDRA = {"chain.py", "config.py", "plan.py", "run.py"}

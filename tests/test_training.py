@@ -18,10 +18,10 @@ from vllava.batch import Step
 from vllava.data.packing import pack
 from vllava.errors import UserError
 from vllava.evaluation.answers import ask
+from vllava.folders import RECORD, replacing
 from vllava.model.build import load_llm, video_llava
 from vllava.model.checkpoint import load, load_projector, read_description
 from vllava.model.encoders import ClipEncoder
-from vllava.model.files import replacing
 from vllava.training.broken import BrokenLimit, BrokenList
 from vllava.training.stage import Stage
 from vllava.training.task import Recipe, freeze_all_but
@@ -383,7 +383,7 @@ def test_loaded_model_is_the_saved_one(trained, export, model, tokenizer, packer
 
 def test_first_stage_keeps_the_projector_alone(export, model):
     folder = export(["projector"])
-    assert files(folder) == {"vllava.json", "projector.safetensors"}
+    assert files(folder) == {"vllava.json", "projector.safetensors", RECORD}
     assert set(load_file(folder / "projector.safetensors")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert (folder / "projector.safetensors").stat().st_size < 4 * 2 * (32 * 32 + 32) + 1000
 
@@ -517,5 +517,8 @@ def test_interrupted_writing_leaves_the_old_checkpoint_whole(tmp_path):
     assert (folder / "weights").read_text() == "old"
     with replacing(folder) as unfinished:
         (unfinished / "weights").write_text("new")
-    assert {path.name: path.read_text() for path in folder.iterdir()} == {"weights": "new"}
+    assert {path.name: path.read_text() for path in folder.iterdir()} | {RECORD: ""} == {
+        "weights": "new",
+        RECORD: "",
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -120,6 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(answer, flush=True)
     except UserError as error:
         stop(error)
+    except KeyboardInterrupt:
+        return 130  # what a shell gives for Ctrl-C
     return 0
 
 

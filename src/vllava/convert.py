@@ -6,29 +6,47 @@ import argparse
 import sys
 from pathlib import Path
 
-from vllava.errors import UserError, reading
+from vllava.errors import UserError, reading, stop
+from vllava.folders import require_replaceable
+from vllava.model.checkpoint import LLM, read_description
 from vllava.model.files import Checkpoint, local_folder
 from vllava.model.formats import read_original, read_ours, read_port, write_original, write_ours, write_port
+from vllava.model.llm import require_sizes
 
 
-def import_checkpoint(source: str, out: Path, towers: dict[str, str], template: str) -> None:
-    """Write one of our checkpoint folders from an original checkpoint or one of the port in `transformers`."""
+def import_checkpoint(source: str, out: Path, towers: dict[str, str], template: str, overwrite: bool = False) -> None:
+    """Write one of our checkpoint folders from an original checkpoint or one of the port in `transformers`.
+
+    overwrite: even where `out` holds what we did not write; never what is being read.
+    """
     folder = local_folder(source)
-    with reading(f"The checkpoint {source}", "Is it complete, and a Video-LLaVA?"):
-        if Checkpoint(folder).config.get("model_type") == "video_llava":
-            parts = read_port(folder)
-        else:
-            parts = read_original(folder, towers)
-    write_ours(parts, out, template)
+    named = [Checkpoint(folder).config.get(f"mm_{kind}_tower") for kind in ("image", "video")]
+    read = [path for path in (*towers.values(), *named) if isinstance(path, str) and path]
+    require_replaceable(out, overwrite, [folder, *map(Path, read)])
+    checkpoint = Checkpoint(folder)
+    require_sizes(checkpoint)
+    with reading(f"The checkpoint {folder}", "Is it complete, and a Video-LLaVA?"):
+        is_port = checkpoint.config.get("model_type") == "video_llava"
+        parts = read_port(folder) if is_port else read_original(folder, towers)
+    write_ours(parts, out, template, overwrite=overwrite)
 
 
-def export_checkpoint(source: Path, out: Path, layout: str, drop_temporal_attention: bool) -> list[str]:
-    """Write one of our checkpoint folders in another layout; returns what its code cannot do with it."""
+def export_checkpoint(
+    source: Path, out: Path, layout: str, drop_temporal_attention: bool, overwrite: bool = False
+) -> list[str]:
+    """Write one of our checkpoint folders in another layout; returns what its code cannot do with it.
+
+    overwrite: as for `import_checkpoint`.
+    """
+    description = read_description(source)
+    read = [settings["path"] for settings in description.encoders.values() if "path" in settings]
+    read += [description.llm] if description.llm != LLM else []
+    require_replaceable(out, overwrite, [source, *map(Path, read)])
     with reading(f"The checkpoint {source}", "Is it complete?"):
         parts = read_ours(source)
     if layout == "original":
-        return write_original(parts, out)
-    write_port(parts, out, drop_temporal_attention)
+        return write_original(parts, out, overwrite)
+    write_port(parts, out, drop_temporal_attention, overwrite)
     return []
 
 
@@ -52,17 +70,24 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="export to transformers although its port has no temporal attention: it will be another model",
     )
+    for command in (take, give):
+        command.add_argument(
+            "--overwrite", action="store_true", help="replace OUT even if it holds what this program did not write"
+        )
     options = parser.parse_args(arguments)
     try:
         if options.command == "import":
             towers = {"image": options.image_tower, "video": options.video_tower}
-            import_checkpoint(options.source, options.out, {k: v for k, v in towers.items() if v}, options.template)
+            given = {kind: path for kind, path in towers.items() if path}
+            import_checkpoint(options.source, options.out, given, options.template, options.overwrite)
         else:
-            notes = export_checkpoint(options.source, options.out, options.to, options.drop_temporal_attention)
+            notes = export_checkpoint(
+                options.source, options.out, options.to, options.drop_temporal_attention, options.overwrite
+            )
             for note in notes:
                 print(f"note: the original code cannot open {note}", file=sys.stderr)
     except UserError as error:
-        sys.exit(f"error: {error.paragraph}")
+        stop(error)
     print(options.out)
     return 0
 

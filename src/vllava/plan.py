@@ -92,7 +92,7 @@ def config_at(path: str) -> PreTrainedConfig:
     if path in PUBLISHED and not Path(path).exists():
         return PUBLISHED[path]
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"No settings of a model at {path} ({str(error).splitlines()[0]}).") from error
 
@@ -137,7 +137,7 @@ def make(settings: dict[str, Any], gpus: int) -> Plan:
     }
     config: Any = config_at(settings["foundations"]["llm"])
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(config)
+        llm = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
     width = config.hidden_size
     parameters = {f"{kind} encoder": encoder.parameters for kind, encoder in encoders.items()}
     features = next(encoder.width for encoder in encoders.values())

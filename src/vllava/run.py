@@ -24,6 +24,7 @@ from vllava.errors import UserError
 from vllava.evaluation.preview import Preview
 from vllava.evaluation.report import write_report
 from vllava.features import use_features
+from vllava.folders import require_replaceable
 from vllava.model.build import load_tokenizer
 from vllava.model.checkpoint import load_projector
 from vllava.model.device import computes_in_bf16
@@ -79,6 +80,7 @@ def train(cfg: DictConfig) -> None:
     started = time.time()
     run_dir = Path(cfg.run_dir)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    require_replaceable(run_dir / "checkpoint")  # now, and not when all the work is done
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     tokenizer = load_tokenizer(cfg.tokenizer)
     model = instantiate(cfg.model)

@@ -18,6 +18,8 @@ from vllava.batch import MediumSpec
 from vllava.data.build import caption_data, conversation_data, conversation_packer, sample_decoder
 from vllava.errors import UserError, stop
 from vllava.evaluation.answers import answer_all, read_samples
+from vllava.folders import RECORD as WRITTEN
+from vllava.folders import replacing
 from vllava.model.build import load_llm, load_tokenizer, video_llava
 from vllava.model.files import Checkpoint
 from vllava.model.languagebind import LanguageBind
@@ -131,8 +133,8 @@ def gather(runs: Path, assets: Path, world: Path) -> dict:
         folders = [_run_of(experiment, runs) for experiment in experiments]
         source = folders[-1] / "checkpoint"
         source = source / "llm" if name == "llm" else source
-        shutil.rmtree(assets / name, ignore_errors=True)
-        shutil.copytree(source, assets / name)
+        with replacing(assets / name) as unfinished:
+            shutil.copytree(source, unfinished, ignore=shutil.ignore_patterns(WRITTEN), dirs_exist_ok=True)
         metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
         configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders]
         record[name] = {

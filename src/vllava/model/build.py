@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     CLIPConfig,
     LlamaConfig,
@@ -19,11 +18,12 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
-from vllava.errors import UserError
+from vllava.errors import UserError, reading
 from vllava.model.attention import PACKED
 from vllava.model.encoders import Encoder
-from vllava.model.files import Checkpoint
+from vllava.model.files import Checkpoint, require_same
 from vllava.model.languagebind import LanguageBind
+from vllava.model.llm import read_llm
 from vllava.model.lora import Lora, add_lora
 from vllava.model.tokenizer import load_tokenizer
 from vllava.model.video_llava import VideoLlava
@@ -35,14 +35,15 @@ def load_llm(
     """Any causal LM that `transformers` can load, in float32, with attention over packed rows.
 
     `gradient_checkpointing` keeps only each layer's input for the backward pass; `four_bit` quantises the weights to
-    NF4 (QLoRA), which needs a GPU and bitsandbytes; `compile_layers` lets torch.compile have each layer.
+    NF4 (QLoRA), which needs a GPU and bitsandbytes; `compile_layers` lets torch.compile have each layer. Raises
+    UserError for a checkpoint that is damaged, or is not wholly one of a causal LM, see `read_llm`.
     """
     _local_or_hub(path, "language model")
     settings: dict[str, Any] = {"quantization_config": _nf4()} if four_bit else {}
-    try:
-        llm = AutoModelForCausalLM.from_pretrained(path, attn_implementation=PACKED, dtype=torch.float32, **settings)
-    except (OSError, ValueError) as error:
-        raise UserError(f"No language model at {path} ({str(error).splitlines()[0]}).") from error
+    checkpoint = Checkpoint(path)
+    llm = read_llm(checkpoint, path, **settings)
+    # A projector belongs to the LLM it was trained with, which is known by this, as encoders are.
+    llm.folder, llm.sha256 = checkpoint.folder, checkpoint.sha256
     if gradient_checkpointing:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     if compile_layers:
@@ -71,9 +72,10 @@ def _nf4() -> BitsAndBytesConfig:
 
 def _local_or_hub(path: str, what: str) -> None:
     """Raises UserError for a folder that is not there, which `transformers` would go and look for on a hub."""
-    folder = Path(path)
-    if not folder.exists() and (folder.is_absolute() or Path(folder.parts[0]).exists()):
-        raise UserError(f"No {what} at {path}: there is no such folder.")
+    with reading(f"The {what} at {path[:200]}"):
+        folder = Path(path)
+        if not folder.exists() and (folder.is_absolute() or Path(folder.parts[0]).exists()):
+            raise UserError(f"No {what} at {path}: there is no such folder.")
 
 
 def fresh_llm(
@@ -110,7 +112,9 @@ def fresh_llm(
     llm = LlamaForCausalLM(config)
     compose_phrases(llm.get_input_embeddings(), tokenizer)
     if start_from is not None:
-        llm.load_state_dict(load_llm(start_from).state_dict())
+        tensors = load_llm(start_from).state_dict()
+        require_same(tensors, llm.state_dict(), f"The LLM at {start_from} is not of the sizes asked for")
+        llm.load_state_dict(tensors)
     return llm
 
 
@@ -193,9 +197,10 @@ def languagebind(
     # CLIP's own start, 0.02, drowns in the patches' contents: a small encoder then never learns where things are.
     nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.3)
     if start_from is not None:
-        missing, left_over = model.load_state_dict(Checkpoint(start_from).tensors(), strict=False)
-        if left_over or any("temporal" not in name for name in missing):
-            raise UserError(f"{start_from} does not fit: missing {missing}, left over {left_over}.")
+        tensors = Checkpoint(start_from).tensors()
+        own = {name: value for name, value in model.state_dict().items() if name in tensors or ".temporal_" not in name}
+        require_same(tensors, own, f"{start_from} does not fit")
+        model.load_state_dict(tensors, strict=False)
         for layer in model.vision_model.encoder.layers:
             nn.init.zeros_(layer.temporal_attn.out_proj.weight)
             nn.init.normal_(layer.temporal_embedding, std=0.02)

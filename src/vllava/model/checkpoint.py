@@ -10,16 +10,28 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vllava.errors import UserError
+from vllava.batch import MEDIA_KINDS
+from vllava.errors import UserError, reading, reason
+from vllava.folders import replacing
 from vllava.model.build import load_llm, load_tokenizer, video_llava
 from vllava.model.encoders import Encoder
-from vllava.model.files import Checkpoint, read_tensors, replacing, save_half, write_tensors
+from vllava.model.files import (
+    Checkpoint,
+    read_tensors,
+    require_same,
+    warn_of_no_numbers,
+    write_half,
+    write_tensors,
+)
+from vllava.model.headers import read_json
 from vllava.model.video_llava import VideoLlava
 
 DESCRIPTION = "vllava.json"
@@ -36,7 +48,7 @@ class Description:
     template: str
     image_fit: str
     trained: list[str]
-    sha256: dict[str, str] = field(default_factory=dict)  # of the parts referred to: "image", "video", "llm"
+    sha256: dict[str, str] = field(default_factory=dict)  # of the parts it belongs to: "image", "video", "llm"
     origin: dict[str, Any] = field(default_factory=dict)  # what the config.json of an imported checkpoint said
     template_options: dict[str, Any] = field(default_factory=dict)  # of the tokenizer's own template
 
@@ -48,13 +60,16 @@ class Description:
 
 
 def save_trained(model: VideoLlava, tokenizer: Any, description: Description, folder: Path) -> None:
-    """Write a checkpoint folder; it appears whole or not at all."""
+    """Write a checkpoint folder; it appears whole or not at all, in place of none but one that we wrote."""
     description.sha256 = {kind: model.encoder(kind).sha256 for kind in model.encoders}
     with replacing(folder) as unfinished:
         if any(name.split(".")[0] == "llm" for name in description.trained):
-            save_half(model.llm, unfinished / LLM)
+            write_half(model.llm, unfinished / LLM)
             tokenizer.save_pretrained(unfinished / LLM)
             description.llm = LLM
+            description.sha256["llm"] = Checkpoint(unfinished / LLM).sha256
+        elif hasattr(model.llm, "sha256"):
+            description.sha256["llm"] = model.llm.sha256
         elif Path(description.llm).is_dir():
             description.sha256["llm"] = Checkpoint(description.llm).sha256
         if model.encoders:
@@ -75,14 +90,40 @@ def read_description(folder: Path) -> Description:
             f"{folder} is not a vllava checkpoint: it has no {DESCRIPTION}. A training run writes one to its folder "
             "under checkpoint/, for example outputs/runs/stage2-united-s1/checkpoint."
         )
-    try:
-        description = Description(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be understood ({error}).") from error
-    for settings in description.encoders.values():
-        if "path" in settings and (folder / settings["path"]).is_dir():
-            settings["path"] = str(folder / settings["path"])
+    with reading(path, "Is it the description of a checkpoint?"):
+        content = read_json(path)
+        try:
+            description = Description(**content)
+        except TypeError as error:
+            raise UserError(f"{path} cannot be understood ({reason(error)}).") from error
+        for name, fits in _FORM.items():
+            if not fits(getattr(description, name)):
+                raise UserError(f"{path} cannot be understood: {name} is {str(content.get(name))[:80]}.")
+        for settings in description.encoders.values():
+            inside = folder / settings["path"] if "path" in settings else None
+            if inside and inside.is_dir() and inside.resolve().is_relative_to(folder.resolve()):
+                settings["path"] = str(inside)
     return description
+
+
+def _all(kind: type, values: Any) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
+_FORM: dict[str, Callable[[Any], bool]] = {  # what the parts of a description look like
+    "encoders": lambda found: (
+        isinstance(found, dict)
+        and set(found) <= set(MEDIA_KINDS)
+        and _all(dict, found.values())
+        and _all(str, (settings.get("path", "") for settings in found.values()))
+    ),
+    "llm": lambda found: isinstance(found, str) and found != "",
+    "template": lambda found: isinstance(found, str),
+    "image_fit": lambda found: isinstance(found, str),
+    "trained": lambda found: isinstance(found, list) and _all(str, found),
+    "sha256": lambda found: isinstance(found, dict) and _all(str, found.values()),
+    "origin": lambda found: isinstance(found, dict),
+}
 
 
 def load(folder: str | Path, num_frames: int | None = None) -> tuple[VideoLlava, Any, Description]:
@@ -95,13 +136,9 @@ def load(folder: str | Path, num_frames: int | None = None) -> tuple[VideoLlava,
     if num_frames and "video" in description.encoders:
         description.encoders["video"]["frames"] = num_frames
     llm_path = str(folder / LLM) if description.llm == LLM else description.llm
-    if "llm" in description.sha256 and Checkpoint(llm_path).sha256 != description.sha256["llm"]:
-        raise UserError(
-            f"{folder} was trained with another LLM than {llm_path} (their hashes differ). Use the one it was trained "
-            "with, or train a projector for this one."
-        )
     encoders = {kind: _encoder(settings) for kind, settings in description.encoders.items()}
     model = video_llava(load_llm(llm_path), encoders.get("image"), encoders.get("video"))
+    require_parts(model, description.sha256, folder)
     if model.encoders:
         load_projector(model, folder / PROJECTOR)
     return model.eval(), load_tokenizer(llm_path), description
@@ -112,14 +149,26 @@ def _encoder(settings: dict) -> Encoder:
     target = str(settings.get("_target_"))
     module, _, name = target.rpartition(".")
     found = None
-    if module.startswith("vllava.model.") and importlib.util.find_spec(module):
-        found = getattr(importlib.import_module(module), name, None)
+    with suppress(ImportError):
+        if module.startswith("vllava.model.") and importlib.util.find_spec(module):
+            found = getattr(importlib.import_module(module), name, None)
     if not (isinstance(found, type) and issubclass(found, Encoder) and found.__module__ == module):
-        raise UserError(f"The checkpoint names an encoder outside this package ({target}): not loaded.")
-    try:
+        raise UserError(f"The checkpoint names an encoder outside this package ({target[:200]}): not loaded.")
+    with reading(f"The checkpoint's settings of {target}"):
         return found(**{key: value for key, value in settings.items() if key != "_target_"})  # type: ignore[arg-type]
-    except TypeError as error:
-        raise UserError(f"The checkpoint's settings do not fit {target}: {error}.") from error
+
+
+def require_parts(model: VideoLlava, sha256: dict[str, str], where: Path) -> None:
+    """Raises UserError where a model has another part than one, known by its hash, to which `where` belongs."""
+    parts: dict[str, Any] = {kind: model.encoder(kind) for kind in model.encoders}
+    parts |= {"llm": model.llm} if hasattr(model.llm, "sha256") else {}  # a fresh one has none
+    for kind, part in parts.items():
+        if sha256.get(kind, part.sha256) != part.sha256:
+            name = "LLM" if kind == "llm" else f"{kind} encoder"
+            raise UserError(
+                f"{where} was trained with another {name} than {part.folder} (their hashes differ). "
+                "Use the one it was trained with, or train a projector for this one."
+            )
 
 
 def read_projector(path: Path) -> dict[str, Tensor]:
@@ -132,7 +181,8 @@ def load_projector(model: VideoLlava, path: Path) -> None:
     """Load a trained projector.
 
     Raises UserError if it is missing or of another shape, or if the checkpoint it lies in was trained with other
-    encoders or another LLM than the model's.
+    encoders or another LLM than the model's. One that was trained together with its LLM (stage 2) belongs to that LLM,
+    `llm/` beside it, and not to the one both started from.
     """
     if not path.is_file():
         raise UserError(
@@ -140,17 +190,13 @@ def load_projector(model: VideoLlava, path: Path) -> None:
             "seed), or give one with projector=PATH/projector.safetensors."
         )
     if (path.parent / DESCRIPTION).is_file():
-        wanted = read_description(path.parent).sha256
-        for kind in model.encoders:
-            encoder = model.encoder(kind)
-            if wanted.get(kind, encoder.sha256) != encoder.sha256:
-                raise UserError(
-                    f"{path} was trained with another {kind} encoder than {encoder.folder} (their hashes differ). "
-                    "Use the encoder it was trained with, or train a projector for this one."
-                )
+        description = read_description(path.parent)
+        if description.llm == LLM and "llm" not in description.sha256 and (path.parent / LLM).is_dir():
+            description.sha256["llm"] = Checkpoint(path.parent / LLM).sha256  # not recorded by earlier versions
+        require_parts(model, description.sha256, path)
     tensors = read_projector(path)
-    shapes = {name: tuple(value.shape) for name, value in model.projector.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if found != shapes:
-        raise UserError(f"{path} is a projector of other sizes: it has {found}, the model needs {shapes}.")
+    require_same(
+        tensors, model.projector.state_dict(), f"{path} is a projector of other sizes or another make than this model's"
+    )
     model.projector.load_state_dict(tensors)
+    warn_of_no_numbers(model.projector, path)

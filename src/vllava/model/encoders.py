@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from transformers import CLIPVisionConfig, ViTMAEModel
-from transformers.utils import logging as transformers_logging
+from transformers import CLIPVisionConfig, ViTMAEConfig, ViTMAEModel
 
 from vllava.batch import MediumSpec
+from vllava.errors import reading
 from vllava.model.attention import PACKED
-from vllava.model.files import Checkpoint, load_strictly
+from vllava.model.files import Checkpoint, load_strictly, require_fit, sized, warn_of_no_numbers
 from vllava.model.languagebind import VisionTower
+from vllava.model.llm import judge, quiet, require_room
 
 
 class Encoder(nn.Module):
@@ -38,6 +39,7 @@ def depth_of(feature_layer: int, layers: int) -> int:
 
 def require_hidden_state(checkpoint: Checkpoint, feature_layer: int, layers: int) -> int:
     """The number of layers below a hidden state; raises UserError if the checkpoint has no such state."""
+    checkpoint.require(type(feature_layer) is int, f"has no hidden state feature_layer={feature_layer!r}")
     depth = depth_of(feature_layer, layers)
     checkpoint.require(0 <= depth <= layers, f"has {layers} layers and no hidden state feature_layer={feature_layer}")
     return depth
@@ -68,8 +70,18 @@ class ClipEncoder(Encoder):
             config.add_time_attn or not self.video or not temporal,
             "has no temporal attention: it is not an encoder for videos",
         )
+        checkpoint.require(type(temporal) is bool, f"cannot take temporal={temporal!r}: true or false")
         checkpoint.require(temporal or not config.add_time_attn, "has temporal attention: it is not for temporal=false")
         require_hidden_state(checkpoint, feature_layer, config.num_hidden_layers)
+        checkpoint.require(
+            frames is None or (type(frames) is int and 0 < frames <= MOST_FRAMES),
+            f"cannot look at frames={frames!r} of a video: give a number from 1 to {MOST_FRAMES:,}",
+        )
+        later = range(depth_of(feature_layer, config.num_hidden_layers), config.num_hidden_layers)
+        ignored = (*_NOT_THE_TOWER, *(f"vision_model.encoder.layers.{i}." for i in later))
+        with reading(f"The settings {checkpoint.folder / 'config.json'}"), torch.device("meta"):
+            expected = VisionTower(config, feature_layer)
+        require_fit(expected, checkpoint, checkpoint.layout, "vision_model.", ignored)
         tensors = checkpoint.tensors()
         if self.video and frames is not None and frames != config.num_frames:
             config.num_frames = frames
@@ -83,14 +95,7 @@ class ClipEncoder(Encoder):
         self.spec = MediumSpec(config.image_size, tokens, count, config.hidden_size)
         self.hidden_size = config.hidden_size
         self.tower = VisionTower(config, feature_layer)
-        later = range(self.tower.depth, config.num_hidden_layers)
-        load_strictly(
-            self.tower,
-            checkpoint,
-            tensors,
-            prefix="vision_model.",
-            ignored=(*_NOT_THE_TOWER, *(f"vision_model.encoder.layers.{i}." for i in later)),
-        )
+        load_strictly(self.tower, checkpoint, tensors, "vision_model.", ignored)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Images [N, 3, H, W] or videos [N, F, 3, H, W] to [N, P, E]."""
@@ -114,6 +119,9 @@ CLIP_SETTINGS = (
     *("num_channels", "image_size", "patch_size"),
 )
 
+_SIZES = tuple(name for name in CLIP_SETTINGS if name not in ("hidden_act", "layer_norm_eps"))
+MOST_FRAMES = 4096  # of a video
+
 
 def vision_config(checkpoint: Checkpoint) -> CLIPVisionConfig:
     """The settings of a vision tower, with `add_time_attn` and `num_frames` also where the checkpoint has neither.
@@ -121,9 +129,18 @@ def vision_config(checkpoint: Checkpoint) -> CLIPVisionConfig:
     Published files list many more keys, which say nothing about the tower.
     """
     given = checkpoint.config.get("vision_config", checkpoint.config)
-    config = CLIPVisionConfig(**{name: given[name] for name in CLIP_SETTINGS if name in given})
-    config.add_time_attn = given.get("add_time_attn", False)
-    config.num_frames = given.get("num_frames", 1)
+    where = f"config.json{'' if given is checkpoint.config else ' (vision_config)'}"
+    checkpoint.require(isinstance(given, dict), f"has a {where} that is no JSON object")
+    sized(checkpoint, given, tuple(key for key in _SIZES if key in given), where)
+    frames, temporal = given.get("num_frames", 1), given.get("add_time_attn", False)
+    checkpoint.require(
+        type(frames) is int and 0 < frames <= MOST_FRAMES, f"has num_frames={str(frames)[:40]} in its {where}"
+    )
+    checkpoint.require(type(temporal) is bool, f"has add_time_attn={str(temporal)[:40]} in its {where}: true or false")
+    with reading(f"The settings {checkpoint.folder / 'config.json'}"):
+        config = CLIPVisionConfig(**{name: given[name] for name in CLIP_SETTINGS if name in given})
+    checkpoint.require(config.patch_size <= config.image_size, f"has patches larger than images in its {where}")
+    config.add_time_attn, config.num_frames = temporal, frames
     config._attn_implementation = PACKED
     return config
 
@@ -133,33 +150,37 @@ def interpolated(embedding: Tensor, frames: int) -> Tensor:
     return interpolate(embedding.float().transpose(1, 2), frames, mode="linear", align_corners=True).transpose(1, 2)
 
 
+MAE_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"),
+)
+
+
 class MaeEncoder(Encoder):
     """The encoder of a ViT-MAE checkpoint, nothing masked: all patch tokens in their order, without CLS."""
 
     def __init__(self, path: str, feature_layer: int = -2) -> None:
         checkpoint = Checkpoint(path)
         super().__init__(checkpoint)
-        layers = checkpoint.config["num_hidden_layers"]
+        layers = sized(checkpoint, checkpoint.config, MAE_SIZES)["num_hidden_layers"]
         depth = require_hidden_state(checkpoint, feature_layer, layers)
-        checkpoint.tensors()  # a damaged file is reported in our words
-        transformers_logging.set_verbosity_error()  # we judge the loading report ourselves
-        self.vit, report = ViTMAEModel.from_pretrained(
-            checkpoint.folder,
-            mask_ratio=0.0,
-            num_hidden_layers=depth,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with reading(f"The settings {checkpoint.folder / 'config.json'}"), torch.device("meta"):
+            config = ViTMAEConfig.from_dict({**checkpoint.config, "mask_ratio": 0.0, "num_hidden_layers": depth})
+            config._attn_implementation = "sdpa"  # whatever the file says: it may name a kernel to download
+            expected = ViTMAEModel(config)
+        require_room(checkpoint, expected)
+        tensors = checkpoint.tensors()
+        with quiet(), reading(f"The encoder at {checkpoint.folder}"):
+            self.vit, report = ViTMAEModel.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # we judge the report ourselves
+            )
         later = tuple(f".{i}." for i in range(depth, layers))
-        left_over = [
-            key
-            for key in report["unexpected_keys"]
-            if not key.startswith("decoder.") and not any(layer in key for layer in later)
-        ]
-        checkpoint.require(not report["missing_keys"], f"lacks {sorted(report['missing_keys'])}")
-        checkpoint.require(not left_over, f"has tensors left over: {sorted(left_over)}")
-        checkpoint.require(not report["mismatched_keys"], f"has other shapes: {sorted(report['mismatched_keys'])}")
+        judge(report, f"{checkpoint.folder} does not fit ViTMAEModel", ("decoder.", *later))
+        warn_of_no_numbers(self.vit, checkpoint.folder)
         self.vit.layernorm = nn.Identity()  # a hidden state before the last one has no final layer norm
         self.hidden_size = self.vit.config.hidden_size
         patches = self.vit.embeddings.patch_embeddings.num_patches

@@ -9,8 +9,9 @@ from typing import Any
 from transformers import LlamaConfig
 
 from vllava.errors import UserError
+from vllava.folders import replacing
 from vllava.model.build import load_tokenizer
-from vllava.model.files import Checkpoint, replacing, write_tensors
+from vllava.model.files import Checkpoint, write_tensors
 from vllava.model.formats.original_tokenizer import write_original_tokenizer
 from vllava.model.formats.parts import Parts, Tower, checked, tower_config, under
 from vllava.model.formats.processor import image_settings
@@ -126,13 +127,13 @@ def _llama_config(checkpoint: Checkpoint, config: dict[str, Any]) -> LlamaConfig
     return LlamaConfig(**given)
 
 
-def write_original(parts: Parts, folder: Path) -> list[str]:
+def write_original(parts: Parts, folder: Path, overwrite: bool = False) -> list[str]:
     """The original's layout, its towers in folders of their own, and a README.md that says how it is opened.
 
     Returns what the original code cannot do with it. Raises UserError where it computes another model.
     """
     config = _original_config(parts)
-    with replacing(folder) as unfinished:
+    with replacing(folder, overwrite) as unfinished:
         tensors = dict(parts.llm) | {f"{_PROJECTOR}{name}": value for name, value in parts.projector.items()}
         for kind, prefix in _PREFIX.items():
             config[f"mm_{kind}_tower"] = _tower_name(parts, kind, folder)

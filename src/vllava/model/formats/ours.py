@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from vllava.errors import UserError
+from vllava.folders import replacing
 from vllava.model.build import load_tokenizer
 from vllava.model.checkpoint import LLM, PROJECTOR, Description, read_description, read_projector, write_description
-from vllava.model.files import Checkpoint, replacing, write_tensors
-from vllava.model.formats.parts import Parts, Tower, tower_config, under
+from vllava.model.files import Checkpoint, write_tensors
+from vllava.model.formats.parts import Parts, Tower, checked, tower_config, under
+from vllava.model.llm import read_config
 
 
 def read_ours(folder: Path) -> Parts:
@@ -20,7 +20,7 @@ def read_ours(folder: Path) -> Parts:
     llm_folder = folder / LLM if description.llm == LLM else Path(description.llm)
     towers, layers, names = {}, set(), {}
     for kind, settings in description.encoders.items():
-        if not str(settings.get("_target_")).endswith(".ClipEncoder"):
+        if settings.get("_target_") != "vllava.model.encoders.ClipEncoder":
             raise UserError(f"{folder}: its {kind} encoder is a {settings.get('_target_')}; other formats know CLIP's.")
         tower = Checkpoint(settings["path"])
         towers[kind] = Tower(tower_config(tower), under(tower.tensors(), "vision_model."))
@@ -32,8 +32,8 @@ def read_ours(folder: Path) -> Parts:
     if len(layers) != 1:
         raise UserError(f"{folder}: the encoders' feature layers differ ({sorted(layers)}); other formats know one.")
     llm = Checkpoint(llm_folder)
-    return Parts(
-        AutoConfig.from_pretrained(llm.folder),
+    parts = Parts(
+        read_config(llm, str(llm.folder)),
         llm.tensors(),
         read_projector(folder / PROJECTOR),
         towers,
@@ -43,11 +43,14 @@ def read_ours(folder: Path) -> Parts:
         description.image_fit,
         description.template,
     )
+    return checked(parts, folder)
 
 
-def write_ours(parts: Parts, folder: Path, template: str | None = None, image_fit: str | None = None) -> None:
+def write_ours(
+    parts: Parts, folder: Path, template: str | None = None, image_fit: str | None = None, overwrite: bool = False
+) -> None:
     """One of our checkpoint folders that holds every part; template and image_fit if not those of the parts."""
-    with replacing(folder) as unfinished:
+    with replacing(folder, overwrite) as unfinished:
         encoders = {}
         for kind, tower in parts.towers.items():
             name = f"{kind}_encoder"

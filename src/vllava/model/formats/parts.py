@@ -63,11 +63,13 @@ def tower_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def checked(parts: Parts, folder: Path) -> Parts:
     """The parts, if each has exactly the tensors that its settings ask for; else UserError that lists them."""
+    if type(parts.feature_layer) is not int:
+        raise UserError(f"{folder} takes features of layer {parts.feature_layer!r}, which is no number.")
     layers = parts.llm_config.num_hidden_layers
     if not isinstance(layers, int) or layers > len(parts.llm):  # nothing of that size is to be built
         raise UserError(f"The language model in {folder} has {len(parts.llm)} tensors: too few for {layers} layers.")
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(parts.llm_config)
+        llm = AutoModelForCausalLM.from_config(parts.llm_config, attn_implementation="eager", trust_remote_code=False)
     wanted = dict(llm.state_dict())
     if parts.llm_config.tie_word_embeddings and "lm_head.weight" not in parts.llm:
         wanted.pop("lm_head.weight", None)

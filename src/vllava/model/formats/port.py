@@ -11,9 +11,10 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
 from vllava.errors import UserError
+from vllava.folders import replacing
 from vllava.model.build import load_tokenizer
 from vllava.model.encoders import CLIP_SETTINGS
-from vllava.model.files import Checkpoint, replacing, require_same
+from vllava.model.files import Checkpoint, require_same
 from vllava.model.formats.parts import Parts, Tensors, Tower, checked, under
 from vllava.model.formats.processor import write_processor
 
@@ -75,7 +76,7 @@ def _port_name(name: str) -> str:
     return name
 
 
-def write_port(parts: Parts, folder: Path, drop_temporal_attention: bool = False) -> None:
+def write_port(parts: Parts, folder: Path, drop_temporal_attention: bool = False, overwrite: bool = False) -> None:
     """What `VideoLlavaForConditionalGeneration.from_pretrained` opens, with a model card.
 
     Raises UserError where the port cannot hold the model: it has two towers of the same sizes and no temporal
@@ -124,7 +125,7 @@ def write_port(parts: Parts, folder: Path, drop_temporal_attention: bool = False
     require_same(tensors, port.state_dict(), "These parts do not fit the port")
     port.load_state_dict(tensors, assign=True)
     port.tie_weights()
-    with replacing(folder) as unfinished:
+    with replacing(folder, overwrite) as unfinished:
         port.save_pretrained(unfinished)
         parts.tokenizer.save_pretrained(unfinished)
         size = sizes[0]["image_size"]
