@@ -53,9 +53,8 @@ def first_stop(limit, bad, size):
     rng = np.random.default_rng(0)
     seen, counts = 0, {}
     for start in range(0, len(bad), limit.window):
-        for shards in rng.permutation(np.repeat(np.arange(start, min(start + limit.window, len(bad))), size)).reshape(
-            -1, 256
-        ):
+        mixed = np.arange(start, min(start + limit.window, len(bad))).repeat(size)
+        for shards in rng.permutation(mixed).reshape(-1, 256):
             seen += len(shards)
             for shard in shards[bad[shards]].tolist():
                 counts[str(shard)] = counts.get(str(shard), 0) + 1
