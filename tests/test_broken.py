@@ -48,6 +48,30 @@ def test_more_than_the_limit_is_found_soon(share, samples):
     assert np.quantile(stops(BrokenLimit(0.01), share, runs=500, samples=8000), 0.99) <= samples
 
 
+def first_stop(limit, bad, size):
+    """After how many samples a run stops, in which shards of `size` samples are broken as a whole or not at all."""
+    rng = np.random.default_rng(0)
+    seen, counts = 0, {}
+    for start in range(0, len(bad), limit.window):
+        mixed = np.arange(start, min(start + limit.window, len(bad))).repeat(size)
+        for shards in rng.permutation(mixed).reshape(-1, 256):
+            seen += len(shards)
+            for shard in shards[bad[shards]].tolist():
+                counts[str(shard)] = counts.get(str(shard), 0) + 1
+            if limit.exceeded(sum(counts.values()), seen, counts):
+                return seen
+    return math.inf
+
+
+def test_a_few_shards_that_are_broken_as_a_whole_do_not_stop_a_run_because_they_come_first():
+    """5 of 1,000 are within the limit, though the two in the first window of 64 are three times as many."""
+    bad = np.zeros(1000, bool)
+    bad[[3, 40, 300, 600, 900]] = True
+    assert first_stop(BrokenLimit(0.01, 512_000, window=64), bad, 512) == math.inf
+    assert first_stop(BrokenLimit(0.01, window=64), np.ones(1000, bool), 512) == 256
+    assert first_stop(BrokenLimit(0.01, window=64), np.arange(1000) % 4 == 0, 512) < 20_000
+
+
 @pytest.mark.parametrize("limit", [1e-9, 0.001, 0.01, 0.1, 0.4])
 def test_data_that_are_broken_altogether_stop_a_run_within_a_dozen_samples(limit):
     assert next(n for n in range(1, 100) if BrokenLimit(limit).exceeded(n, n)) <= 12

@@ -171,6 +171,15 @@ def test_a_damaged_shard_of_features_is_written_again(model, world, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
+def test_damaged_features_of_a_finished_folder_are_an_error_with_the_remedy(model, world, tmp_path):
+    folder = writer(model, world).write(tmp_path / "videos", "")
+    whole = (folder / "00000.tar").read_bytes()
+    (folder / "00000.tar").write_bytes(whole[:-1])
+    data = data_of(model, {"video": [str(tmp_path / "videos")]}, features="cache")
+    with pytest.raises(UserError, match=rf"{folder}/00000.tar has {len(whole) - 1} bytes.*Delete features/ there"):
+        use_features(data, model, SETTINGS, half=False)
+
+
 def test_a_manifest_that_hides_a_kind_of_media_is_refused(model, tmp_path):
     """Its features would be kept under a name that does not stand for the encoder that made them."""
     source = source_of(tmp_path / "s", {"0.tar": [image_sample("a"), video_sample("b")]})

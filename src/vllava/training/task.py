@@ -22,7 +22,13 @@ from vllava.training.broken import BrokenLimit, BrokenList
 from vllava.training.strategies import DeepSpeed
 
 KEPT = 100  # broken samples in memory and in checkpoints
-_COUNTS = ("broken", "samples_seen", "samples_broken", "turns_dropped")  # what a checkpoint keeps of them
+_COUNTS = (
+    "broken",
+    "samples_seen",
+    "samples_broken",
+    "turns_dropped",
+    "broken_by_shard",
+)  # what a checkpoint keeps of them
 
 
 def freeze_all_but(model: nn.Module, trained: list[str]) -> dict[str, int]:
@@ -84,6 +90,7 @@ class Task(L.LightningModule):
         self.whole: dict[str, Tensor] = {}  # when training has ended, the weights of a model that was shared out
         # By all ranks together; samples that were seen include the broken ones.
         self.samples_seen = self.samples_broken = self.turns_dropped = 0
+        self.broken_by_shard: dict[str, int] = {}
         self.seed = torch.initial_seed()
 
     def loss_sum(self, batch: Any) -> Tensor:
@@ -229,6 +236,12 @@ class Task(L.LightningModule):
         epochs, rest = divmod(self._planned_steps(), data.steps_per_epoch)
         return epochs * data.samples + rest * data.global_batch
 
+    def _mixed_shards(self) -> int:
+        """How many shards are mixed at a time, 0 if all of them are."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        window = getattr(data, "shuffle_window", 0)
+        return window if window and len(data.shards) > window else 0
+
     def _count(self, step: Step, samples: int, broken: int, dropped: int) -> None:
         """Add a step's samples over all ranks; raises UserError, on all of them, when too many are broken."""
         before = self.samples_broken
@@ -241,8 +254,11 @@ class Task(L.LightningModule):
         self.broken += [(key, why) for key, why, _ in found][: max(KEPT - len(self.broken), 0)]
         if self.trainer.is_global_zero:
             self.broken_list.add(self.global_step + 1, found, before)
-        limit = BrokenLimit(self.max_broken_share, self._planned_samples())
-        if rule := limit.exceeded(self.samples_broken, self.samples_seen):
+        for key, _, _ in found:
+            shard = key.rpartition(":")[0]
+            self.broken_by_shard[shard] = self.broken_by_shard.get(shard, 0) + 1
+        limit = BrokenLimit(self.max_broken_share, self._planned_samples(), self._mixed_shards())
+        if rule := limit.exceeded(self.samples_broken, self.samples_seen, self.broken_by_shard):
             key, why, _ = found[-1]
             raise UserError(
                 f"{self.samples_broken} of the first {self.samples_seen} samples are broken: {rule}. The last one: "
