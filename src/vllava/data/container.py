@@ -1,0 +1,147 @@
+"""A stranger's video file, opened so that it can open nothing else, take no endless time and no endless memory."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vllava.errors import UserError, reason
+
+# FFmpeg's names of the containers that we mean. Everything else it knows (playlists, scripts, lists of files or
+# addresses, pictures, sound, subtitles) is refused before it is opened.
+FORMATS = (
+    "mov,matroska,avi,asf,flv,live_flv,mpeg,mpegts,mpegvideo,m4v,h261,h263,h264,hevc,obu,ivf,ogg,gif,apng,nut,mxf,dv,"
+    "rm,wtv,mjpeg"
+)
+MAX_PIXELS = 4096 * 4096  # of a frame: eight of them and what a decoder keeps stay below 1 GiB
+MAX_PACKETS = 1_000_000  # nine hours at 30 frames a second
+MAX_SAMPLES = 4_000_000  # of any one track of an MP4 (a day of sound), whose header FFmpeg would believe
+_COVER = 0x400 | 0x800  # FFmpeg's dispositions: an attached picture, thumbnails
+_DEFAULT = 0x1
+
+
+class TimeLimitError(UserError):
+    """A video that took longer than it may."""
+
+
+class Deadline:
+    """Raises TimeLimitError when more than `seconds` have passed."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._end = seconds, time.monotonic() + seconds
+
+    def check(self) -> None:
+        if time.monotonic() > self._end:
+            raise TimeLimitError(f"unreadable video (not decoded within {self.seconds:g} s)")
+
+
+class _Source(io.BytesIO):
+    """The file's bytes; reading them is where a demuxer that goes round in circles is stopped."""
+
+    def __init__(self, data: bytes, deadline: Deadline) -> None:
+        super().__init__(data)
+        self._deadline = deadline
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._deadline.check()
+        return super().read(size)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An open container and the video stream that is meant: the default one, else the first; never a cover picture."""
+
+    container: Any
+    stream: Any
+    deadline: Deadline
+
+    @property
+    def codec(self) -> str:
+        return self.stream.codec_context.name
+
+    @property
+    def rate(self) -> float | None:
+        """Frames per second as announced."""
+        rate = self.stream.average_rate or self.stream.guessed_rate
+        return float(rate) if rate else None
+
+    def packets(self) -> Iterator[Any]:
+        """The stream's packets in the order of the file; UserError for too many of them, or for a damaged file."""
+        for number, packet in enumerate(self.container.demux(self.stream)):
+            self.deadline.check()
+            if number > MAX_PACKETS:
+                raise UserError(f"the video has more than {MAX_PACKETS:,} frames: cut it into shorter ones")
+            if packet.size:  # empty ones would tell the decoder that the video ends
+                yield packet
+
+
+@contextmanager
+def opened(data: bytes, deadline: Deadline) -> Iterator[Opened]:
+    """Opens a video file for reading forward, one thread; raises UserError for what is not a video of ours.
+
+    Errors of FFmpeg inside the block become a UserError too.
+    """
+    import av
+
+    _check_sample_counts(data)
+    try:
+        with av.open(
+            _Source(data, deadline),
+            options={"max_pixels": str(MAX_PIXELS)},
+            container_options={"format_whitelist": FORMATS, "protocol_whitelist": "none"},
+            io_open=_refuse,
+            metadata_errors="replace",
+        ) as container:
+            yield Opened(container, _stream(container), deadline)
+    except UserError:
+        raise
+    except Exception as error:  # FFmpeg's and PyAV's, of many kinds, MemoryError among them
+        raise UserError(f"unreadable video ({said(error)})") from error
+
+
+def said(error: Exception) -> str:
+    """FFmpeg's own words alone, or an error in one line."""
+    return getattr(error, "strerror", None) or reason(error)
+
+
+def _refuse(url: str, *_: Any) -> Any:
+    raise UserError(f"unreadable video (it asks for another file, {url[:80]!r})")
+
+
+def _stream(container: Any) -> Any:
+    streams = [stream for stream in container.streams.video if not stream.disposition & _COVER]
+    if not streams:
+        raise UserError("the video has no frames (no video stream)")
+    stream = max(streams, key=lambda stream: bool(stream.disposition & _DEFAULT))
+    context = stream.codec_context
+    if context is None:
+        raise UserError("unreadable video (of no known codec)")
+    if context.width * context.height > MAX_PIXELS:
+        raise UserError(f"frames of {context.width} x {context.height} pixels, the limit is {MAX_PIXELS:,} pixels")
+    context.thread_count = 1  # loaders have a process for each core already, and errors belong to their packet
+    context.options = {"max_pixels": str(MAX_PIXELS)}
+    return stream
+
+
+def _check_sample_counts(data: bytes) -> None:
+    """UserError for an MP4 whose header makes FFmpeg write an index that has nothing to do with the file's size."""
+    if b"moov" not in data:
+        return
+    edits = max((_number(data, found.end()) for found in re.finditer(rb"elst\0\0\0\0|elst\x01\0\0\0", data)), default=1)
+    for found in re.finditer(rb"\0\0\0\x14stsz", data):  # an atom with one size for all samples, without a table
+        size, count = _number(data, found.end() + 4), _number(data, found.end() + 8)
+        sound = data.rfind(b"soun", 0, found.start()) > data.rfind(b"vide", 0, found.start())  # PCM: a byte a sample
+        if count * size > len(data) or count * edits > (len(data) if sound else MAX_PACKETS):
+            raise UserError(f"unreadable video (it announces {count:,} samples in {len(data):,} bytes)")
+    runs = sum(_number(data, found.end()) for found in re.finditer(rb"trun[\0\1]\0[\0-\x0f][\0-\x0f]", data))
+    if runs > MAX_SAMPLES:
+        raise UserError(f"unreadable video (it announces {runs:,} samples in {len(data):,} bytes)")
+
+
+def _number(data: bytes, at: int) -> int:
+    return int.from_bytes(data[at : at + 4], "big")
