@@ -20,7 +20,6 @@ FORMATS = (
 )
 MAX_PIXELS = 4096 * 4096  # of a frame: eight of them and what a decoder keeps stay below 1 GiB
 MAX_PACKETS = 1_000_000  # nine hours at 30 frames a second
-MAX_SAMPLES = 4_000_000  # of any one track of an MP4 (a day of sound), whose header FFmpeg would believe
 _COVER = 0x400 | 0x800  # FFmpeg's dispositions: an attached picture, thumbnails
 _DEFAULT = 0x1
 
@@ -63,6 +62,11 @@ class Opened:
     @property
     def codec(self) -> str:
         return self.stream.codec_context.name
+
+    @property
+    def codecs(self) -> set[str]:
+        """FFmpeg's names of the decoders of all streams."""
+        return {stream.codec_context.name if stream.codec_context else "" for stream in self.container.streams}
 
     @property
     def rate(self) -> float | None:
@@ -130,17 +134,41 @@ def _stream(container: Any) -> Any:
 
 def _check_sample_counts(data: bytes) -> None:
     """UserError for an MP4 whose header makes FFmpeg write an index that has nothing to do with the file's size."""
-    if b"moov" not in data:
-        return
-    edits = max((_number(data, found.end()) for found in re.finditer(rb"elst\0\0\0\0|elst\x01\0\0\0", data)), default=1)
-    for found in re.finditer(rb"\0\0\0\x14stsz", data):  # an atom with one size for all samples, without a table
-        size, count = _number(data, found.end() + 4), _number(data, found.end() + 8)
-        sound = data.rfind(b"soun", 0, found.start()) > data.rfind(b"vide", 0, found.start())  # PCM: a byte a sample
-        if count * size > len(data) or count * edits > (len(data) if sound else MAX_PACKETS):
-            raise UserError(f"unreadable video (it announces {count:,} samples in {len(data):,} bytes)")
-    runs = sum(_number(data, found.end()) for found in re.finditer(rb"trun[\0\1]\0[\0-\x0f][\0-\x0f]", data))
-    if runs > MAX_SAMPLES:
-        raise UserError(f"unreadable video (it announces {runs:,} samples in {len(data):,} bytes)")
+    for kind, atom in _atoms(data):
+        if kind == b"moov":
+            edits = max((_number(atom, found.end()) for found in re.finditer(rb"elst[\0\x01]\0\0\0", atom)), default=1)
+            for found in re.finditer(rb"stsz\0\0\0\0", atom):
+                size, count = _number(atom, found.end()), _number(atom, found.end() + 4)
+                sound = atom.rfind(b"soun", 0, found.start()) > atom.rfind(b"vide", 0, found.start())
+                if size:  # of all samples, which then need no table
+                    _check(count * size, len(data))
+                    _check(count, len(data) if sound else MAX_PACKETS)  # PCM: a sample may be a byte
+                else:
+                    count = min(count, len(atom) // 4)
+                _check(count * min(edits, len(atom) // 12), max(len(data), 10 * MAX_PACKETS))
+        if kind == b"moof":
+            runs = re.finditer(rb"trun[\0\x01]\0[\0-\x0f][\0-\x0f]", atom)
+            _check(sum(_number(atom, found.end()) for found in runs), max(len(atom), 10_000))
+
+
+def _check(announced: int, limit: int) -> None:
+    if announced > limit:
+        raise UserError(f"unreadable video (it announces {announced:,} samples or bytes, {limit:,} are possible)")
+
+
+def _atoms(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Kind and contents of an MP4's parts."""
+    at = 0
+    while at + 8 <= len(data):
+        size, kind, head = _number(data, at), data[at + 4 : at + 8], 8
+        if size == 1:  # then it is written behind, in eight bytes
+            size, head = int.from_bytes(data[at + 8 : at + 16], "big"), 16
+        end = at + size if size else len(data)
+        if end < at + head:
+            return
+        if kind in (b"moov", b"moof"):
+            yield kind, data[at + head : end]
+        at = end
 
 
 def _number(data: bytes, at: int) -> int:

@@ -22,7 +22,8 @@ from typing import Any
 from PIL import Image
 
 from vllava.data.container import Deadline, Opened, TimeLimitError, opened, said
-from vllava.data.picture import has_hole, is_hidden, upright
+from vllava.data.damage import has_hole, is_torn
+from vllava.data.picture import is_hidden, upright
 from vllava.errors import UserError
 
 Choice = Callable[[Sequence[float]], list[int]]  # the times of all frames, s -> the numbers of the wanted ones, rising
@@ -49,12 +50,14 @@ def take(data: bytes, choose: Choice, seconds: float) -> Taken:
     """The frames of a video file that `choose` wants, decoded by FFmpeg within `seconds`.
 
     Times count from the first frame that is shown. Raises UserError for what is no video, has no frames, or is
-    damaged: an error while reading or decoding, a packet or frame that FFmpeg marks as corrupt, a hole of zeros in a
-    packet. Other damage to frames of a long video that are not needed, and not decoded, is not seen.
+    damaged: an error while reading or decoding, a packet or frame that FFmpeg marks as corrupt, a hole of zeros.
+    Other damage to frames of a long video that are not needed, and so not decoded, is not seen.
     """
     deadline = Deadline(seconds)
     with opened(data, deadline) as video:
         packets = _Packets(video)
+        if is_torn(video.container.format.name, video.codecs, data, *packets.span):
+            raise UserError("damaged video (there is a hole in it)")
     return packets.planned(data, choose, deadline) or _through(data, choose, packets.guess(choose), deadline)
 
 
@@ -67,6 +70,7 @@ class _Packets:
         self.plain = video.container.format.name in _TIMED_FORMATS and self.codec in _TIMED_CODECS
         self.pts, self.keys, shown = array("q"), array("q"), array("q")
         last, duration = 0, 0  # of the frame that is shown last
+        places = array("q")  # in the file
         for number, packet in enumerate(video.packets()):
             content, pts = bytes(packet), packet.pts
             if pts is None or (self.codec in ("h264", "hevc") and len(content) < _NO_PICTURE):
@@ -80,6 +84,8 @@ class _Packets:
                     last, duration = pts, packet.duration or 0
                 shown.append(number)
             self.pts.append(pts)
+            places.append(packet.pos or 0)
+        self.span = (min(places, default=0), max(places, default=0))
         times = self.pts.tolist()
         self.order = sorted(shown, key=times.__getitem__)  # the packets of frames, as they are shown
         self.line = _Line([times[place] for place in self.order], self.base, self.rate, duration)

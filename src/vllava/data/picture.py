@@ -1,9 +1,8 @@
-"""What is in a packet and in a decoded frame: hidden frames, holes, pixels the right way up."""
+"""What is in a packet and in a decoded frame: hidden frames, pixels the right way up."""
 
 from __future__ import annotations
 
 import math
-import re
 import struct
 from typing import Any
 
@@ -12,42 +11,6 @@ from PIL import Image
 
 from vllava.data.container import MAX_PIXELS
 from vllava.errors import UserError
-
-# Codecs whose frames never hold 64 zero bytes in a row, as a download with a hole does. Those of MPEG may have zeros
-# between their parts, and at the end.
-_PADDED = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "h263", "flv", "wmv1", "wmv2", "msmpeg4", "msmpeg4v2"}
-_DENSE = {*_PADDED, "vp8", "vp9", "libdav1d", "av1", "gif"}
-_HOLE = b"\0" * 64
-_HOLE_IN_PARTS = re.compile(rb"\0{64,}[^\0\x01]")
-
-
-def has_hole(codec: str, packet: bytes) -> bool:
-    """Whether zeros have taken the place of data."""
-    if codec not in _DENSE or _HOLE not in packet:
-        return False
-    if codec == "gif":
-        return packet.find(_HOLE, _gif_pixels(packet)) >= 0
-    return codec not in _PADDED or _HOLE_IN_PARTS.search(packet) is not None or not any(packet)
-
-
-def _gif_pixels(packet: bytes) -> int:
-    """Where the compressed pixels of a GIF's frame begin, behind its colours."""
-    at = 0
-    if packet[:3] == b"GIF":
-        at = 13 + _colours(packet[10])
-    while packet[at : at + 1] == b"!":  # an extension: two bytes, then blocks up to an empty one
-        at += 2
-        while at < len(packet) and packet[at]:
-            at += packet[at] + 1
-        at += 1
-    if packet[at : at + 1] != b"," or at + 10 > len(packet):
-        return len(packet)
-    return at + 10 + _colours(packet[at + 9])
-
-
-def _colours(flags: int) -> int:
-    """Bytes of a GIF's table of colours."""
-    return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
 
 
 def is_hidden(codec: str, packet: bytes) -> bool:

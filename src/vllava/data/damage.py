@@ -1,0 +1,55 @@
+"""Damage that FFmpeg passes over: holes of zeros, as torn downloads have them."""
+
+from __future__ import annotations
+
+import re
+
+# Codecs whose frames never hold so many zero bytes in a row as a download with a hole does: their codes have no long
+# zeros. Those of MPEG may have zeros between their parts, before a 1, and at the end.
+_PADDED = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "h263", "flv", "wmv1", "wmv2", "msmpeg4", "msmpeg4v2"}
+_ARITHMETIC = {"vp8", "vp9", "libdav1d", "av1"}
+_HOLE = b"\0" * 64
+_HOLE_IN_PARTS = re.compile(rb"\0{32,}[^\0\x01]")
+
+
+def has_hole(codec: str, packet: bytes) -> bool:
+    """Whether zeros have taken the place of data."""
+    if codec in _PADDED:
+        return _HOLE[:32] in packet and (_HOLE_IN_PARTS.search(packet) is not None or not any(packet))
+    if codec == "gif":
+        return packet.find(_HOLE, _gif_pixels(packet)) >= 0
+    return codec in _ARITHMETIC and _HOLE in packet
+
+
+def _gif_pixels(packet: bytes) -> int:
+    """Where the compressed pixels of a GIF's frame begin, behind its colours."""
+    at = 0
+    if packet[:3] == b"GIF":
+        at = 13 + _colours(packet[10])
+    while packet[at : at + 1] == b"!":  # an extension: two bytes, then blocks up to an empty one
+        at += 2
+        while at < len(packet) and packet[at]:
+            at += packet[at] + 1
+        at += 1
+    if packet[at : at + 1] != b"," or at + 10 > len(packet):
+        return len(packet)
+    return at + 10 + _colours(packet[at + 9])
+
+
+def _colours(flags: int) -> int:
+    """Bytes of a GIF's table of colours."""
+    return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def is_torn(container: str, codecs: set[str], data: bytes, first: int, last: int) -> bool:
+    """Whether there is a hole where a file holds frames, from byte `first` to `last`, but in none of them.
+
+    FFmpeg looks for the next frame behind it. codecs: of all the file's streams. In other containers than these, zeros
+    may stand between frames.
+    """
+    if container == "mpegts":
+        return data[:1] == b"G" and data[188:189] == b"G" and data[::188].count(b"G") < len(data[::188])
+    if container not in ("matroska,webm", "flv") or not codecs <= {*_PADDED, *_ARITHMETIC, "aac", "opus", "vorbis"}:
+        return False
+    holes = re.finditer(rb"\0{64,}", data[first:last])
+    return any(b"\xec" not in data[max(0, first + hole.start() - 9) : first + hole.start()] for hole in holes)  # Void
