@@ -41,7 +41,7 @@ DISTINCT = 30  # seconds of a video that are encoded; longer ones repeat them
 
 def run(repeats: int, bf16: bool) -> list[dict]:
     """Rows of clips/s of each contender, how much faster ours is, and peak memory above that of an idle process."""
-    rows = []
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         for name, (width, height, seconds, options) in VIDEOS.items():

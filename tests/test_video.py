@@ -1,5 +1,6 @@
 """The frames of videos against FFmpeg's own, decoded plainly from the first packet to the last."""
 
+import io
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,6 +23,7 @@ from video_files import (
     encoded,
     field_file,
     kind,
+    pictures,
     shown,
     turned,
     with_cover,
@@ -111,7 +114,7 @@ def test_frames_evenly_spaced_in_time_show_the_whole_of_a_video_of_uneven_times(
 
 def test_both_samplings_agree_where_frames_are_evenly_spaced():
     index, even = (video_decoder("auto", sampling)(kind("VP9"), 30) for sampling in ("index", "time"))
-    assert max(abs(a - b) for a, b in zip(index.times, even.times, strict=True)) < 1.01 / 30
+    assert max(abs(a - b) for a, b in zip(index.times, even.times, strict=True)) < 1.1 / 30
 
 
 # --- FFmpeg's own -----------------------------------------------------------------------------------------------------
@@ -144,7 +147,7 @@ def decord():
     return video_decoder("decord")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     count=st.integers(1, 70),
     gop=st.sampled_from([1, 3, 10, 250]),
@@ -164,7 +167,7 @@ def test_whatever_the_groups_the_planned_frames_are_those_that_are_read_through(
             found.append(video_decoder("pyav", sampling)(data, frames))
     one, other = found
     assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-    assert (one.times, one.duration, one.fps) == pytest.approx((other.times, other.duration, other.fps))
+    assert [*one.times, one.duration, one.fps] == pytest.approx([*other.times, other.duration, other.fps])
 
 
 @pytest.mark.parametrize(
@@ -228,33 +231,33 @@ def test_a_turn_that_is_not_by_quarters_keeps_the_size_and_the_middle():
     assert abs(greys(clip)[3] - greys(plain)[3]) <= 8
 
 
-@pytest.mark.parametrize("container", ["mp4", "matroska"])
-def test_a_cover_picture_is_not_the_video(container):
+@pytest.mark.parametrize(
+    ("container", "cover"),
+    [("mp4", with_cover), ("matroska", lambda out: out.add_attachment("cover.jpg", "image/jpeg", jpeg()) and None)],
+)
+def test_a_cover_picture_is_not_the_video(container, cover):
     plain = encoded(g="20")
-    clip = video_decoder("pyav")(copied(plain, container, extra=with_cover), 8)
+    clip = video_decoder("pyav")(copied(plain, container, extra=cover), 8)
     assert [frame.size for frame in clip] == [(64, 48)] * 8
     assert greys(clip) == greys(video_decoder("pyav")(plain, 8))
 
 
-def test_of_two_videos_in_a_file_the_default_one_is_meant():
-    def before(out):
+@pytest.mark.parametrize(("default", "size"), [(0, (32, 32)), (1, (64, 48))])
+def test_of_two_videos_in_a_file_the_default_one_is_meant_and_else_the_first(default, size):
+    def small(out):
         stream = out.add_stream("libx264", rate=30)
-        stream.width, stream.height, stream.pix_fmt, stream.disposition = 32, 32, "yuv420p", disposition
+        stream.width, stream.height, stream.pix_fmt, stream.disposition = 32, 32, "yuv420p", 0
 
         def fill():
-            import av
-
-            for _ in range(5):
-                white = np.full((32, 32, 3), 255, np.uint8)
-                out.mux(stream.encode(av.VideoFrame.from_ndarray(white, format="rgb24")))
+            for pixels in pictures(8, 32, 32):
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             out.mux(stream.encode())
 
         return fill
 
-    disposition = 0
-    assert video_decoder("pyav")(copied(encoded(), "matroska", extra=before), 8)[0].size == (64, 48)
-    disposition = 1
-    assert video_decoder("pyav")(copied(encoded(), "matroska", extra=before), 8)[0].size == (32, 32)
+    muxer = {"default_mode": "passthrough"}
+    data = copied(encoded(), "matroska", extra=small, muxer=muxer, default=default)
+    assert {frame.size for frame in video_decoder("pyav")(data, 8)} == {size}
 
 
 def test_pixels_that_are_not_square_stay_as_they_are_stored():
@@ -329,25 +332,30 @@ SOLID = {
 
 
 @pytest.mark.parametrize("name", SOLID)
-def test_a_hole_is_an_error_or_leaves_the_frames_as_they_were(name):
+def test_a_hole_where_frames_lie_is_an_error_or_leaves_those_taken_as_they_were(name):
     data, decode, errors = SOLID[name](), video_decoder("pyav"), 0
+    with av.open(io.BytesIO(data)) as container:
+        places = [packet.pos for packet in container.demux(video=0) if packet.pos]
     whole = decode(data, 8)
-    for share in np.linspace(0.2, 0.85, 10):
+    for at in np.linspace(places[1], places[-1] - 200, 12).astype(int):
         try:
-            assert all(np.array_equal(a, b) for a, b in zip(decode(holed(data, share), 8), whole, strict=True))
+            found = decode(data[:at] + bytes(200) + data[at + 200 :], 8)
+            assert all(np.array_equal(a, b) for a, b in zip(found, whole, strict=True))
         except UserError:
             errors += 1
-    assert errors >= 5  # the rest lies in what nobody shows, such as an encoder's note of its settings
+    assert errors >= 11  # the rest: the last bytes of a sector, which hold nothing
 
 
 def test_zeros_that_belong_to_a_file_are_no_hole():
-    assert not has_hole("mpeg2video", b"\xb3\x14" + bytes(300) + b"\x01\xb5\x12" + bytes(300))  # stuffing
-    assert not has_hole("rawvideo", bytes(5000)) and not has_hole("mjpeg", b"\xff" + bytes(300) + b"\xd9")
-    table = (
-        b"GIF89a\x10\0\x10\0\xf7\0\0" + bytes(768) + b"!\xf9\4\0\0\0\0\0" + b",\0\0\0\0\x10\0\x10\0\x87" + bytes(768)
-    )
-    assert not has_hole("gif", table + b"\x08\x08" + b"\x01" * 8) and has_hole("gif", table + b"\x08" + bytes(200))
-    assert has_hole("h264", b"\0\0\1\x09" + bytes(40) + b"\x07") and has_hole("vp8", b"\x10" + bytes(64))
+    assert not has_hole("mpeg", "mpeg2video", b"\xb3\x14" + bytes(300) + b"\x01\xb5\x12" + bytes(300))  # stuffing
+    assert not has_hole("avi", "rawvideo", bytes(5000)) and not has_hole("avi", "mjpeg", bytes(300) + b"\xd9")
+    colours = b"GIF89a\x10\0\x10\0\xf7\0\0" + bytes(768)
+    colours += b"!\xf9\4\0\0\0\0\0" + b",\0\0\0\0\x10\0\x10\0\x87" + bytes(768)
+    assert not has_hole("gif", "gif", colours + b"\x08\x08" + b"\x01" * 8)
+    assert has_hole("gif", "gif", colours + b"\x08" + bytes(200))
+    assert not has_hole("mpegts", "h264", b"\0\0\1\x09" + bytes(40)) and has_hole("flv", "h264", b"\0\x09" + bytes(40))
+    assert has_hole("mpegts", "h264", b"\0\0\1\x09" + bytes(40) + b"\x07")
+    assert has_hole("matroska,webm", "vp8", b"\x10" + bytes(64))
 
 
 @pytest.mark.parametrize("name", ["H.264, 2 B-frames, group of 12", "VP8, live", "mpeg2video in mpeg"])
@@ -482,14 +490,11 @@ def test_a_header_that_announces_more_samples_than_the_file_can_hold_is_an_error
 
 def test_frames_that_are_too_large_are_an_error_before_they_are_decoded():
     canvas = b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\x80\0\0" + bytes(3) + b"\xff" * 3
-    data = canvas + b",\0\0\0\0" + struct.pack("<HH", 65535, 65535) + b"\0\x02\x02\x4c\x01\0;"
-    with pytest.raises(UserError, match=f"limit is {MAX_PIXELS:,}|damaged"):
-        video_decoder("pyav")(data, 8)
-    head = bytearray(kind("H.264 in live Matroska"))
-    width, height = head.index(b"\xb0\x81\x40"), head.index(b"\xba\x81\x30")
-    assert width < height  # of 64 and 48 pixels; one byte each, which is enough to see that they are read
-    with pytest.raises(UserError, match="65535 x 65535"):
-        video_decoder("pyav")(data.replace(b"GIF89a", b"GIF87a"), 8)
+    picture = b",\0\0\0\0" + struct.pack("<HH", 65535, 65535) + b"\0\x02\x02\x4c\x01\0"
+    with pytest.raises(UserError, match=f"larger than {MAX_PIXELS:,} pixels"):
+        video_decoder("pyav")(canvas + picture * 10 + b";", 8)
+    with pytest.raises(UserError, match=f"4128 x 4096 pixels, the limit is {MAX_PIXELS:,}"):
+        video_decoder("pyav")(encoded(count=1, width=4128, height=4096, preset="ultrafast"), 8)
 
 
 def test_a_video_that_takes_too_long_is_an_error():

@@ -56,17 +56,21 @@ def encoded(
     return buffer.getvalue()
 
 
-def copied(data, container="mp4", start=0.0, first=0, extra=lambda out: None, change=lambda number, content: content):
+def copied(
+    data, container="mp4", start=0.0, first=0, extra=None, change=lambda number, content: content, muxer=None, default=0
+):
     """The packets of a video in another file.
 
     start: cut there, as `ffmpeg -ss START -c copy` does; first: the packets before it are lost; extra: adds streams
-    before the video's and returns a function that fills them; change: other contents of a packet.
+    before the video's and returns a function that fills them; change: other contents of a packet; default: whether the
+    video is marked as the default one.
     """
     buffer = io.BytesIO()
-    with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format=container) as out:
-        fill = extra(out)
+    with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format=container, options=muxer or {}) as out:
+        fill = extra(out) if extra else None
         old = source.streams.video[0]
         new = out.add_stream_from_template(old)
+        new.disposition = default
         shift = int(start / old.time_base)
         if start:
             source.seek(shift, stream=old)
@@ -136,8 +140,11 @@ def _hide(number, content):
 
 
 def _kinds():
-    kinds = {f"H.264, {bframes} B-frames, group of {gop}": lambda b=bframes, g=gop: encoded(count=61, bf=str(b), g=str(g))
-             for bframes in (0, 2, 8) for gop in (1, 12, 250)}  # fmt: skip
+    kinds = {}
+    for bframes in ("0", "2", "8"):
+        for gop in ("1", "12", "250"):
+            name = f"H.264, {bframes} B-frames, group of {gop}"
+            kinds[name] = lambda bframes=bframes, gop=gop: encoded(count=61, bf=bframes, g=gop)
     for name in ("matroska", "avi", "flv", "mpegts", "3gp", "mov", "asf", "h264", "mpeg", "nut"):
         kinds[f"H.264 in {name}"] = lambda name=name: encoded(container=name, g="20")
     fragments = {"movflags": "frag_keyframe+empty_moov"}

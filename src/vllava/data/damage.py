@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import re
 
-# Codecs whose frames never hold so many zero bytes in a row as a download with a hole does: their codes have no long
-# zeros. Those of MPEG may have zeros between their parts, before a 1, and at the end.
+# Codecs whose frames never hold so many zeros in a row as a download with a hole does: their codes have no long ones.
+# Those of MPEG may have zeros between their parts, before a 1, and at the end; not where a container counts bytes.
 _PADDED = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "h263", "flv", "wmv1", "wmv2", "msmpeg4", "msmpeg4v2"}
+_COUNTED = {"h264", "hevc"}
+_COUNTING = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"}
 _ARITHMETIC = {"vp8", "vp9", "libdav1d", "av1"}
 _HOLE = b"\0" * 64
 _HOLE_IN_PARTS = re.compile(rb"\0{32,}[^\0\x01]")
 
 
-def has_hole(codec: str, packet: bytes) -> bool:
+def has_hole(container: str, codec: str, packet: bytes) -> bool:
     """Whether zeros have taken the place of data."""
     if codec in _PADDED:
-        return _HOLE[:32] in packet and (_HOLE_IN_PARTS.search(packet) is not None or not any(packet))
+        if _HOLE[:32] not in packet:
+            return False
+        counted = codec in _COUNTED and container in _COUNTING
+        return counted or _HOLE_IN_PARTS.search(packet) is not None or not any(packet)
     if codec == "gif":
         return packet.find(_HOLE, _gif_pixels(packet)) >= 0
     return codec in _ARITHMETIC and _HOLE in packet
@@ -41,8 +46,8 @@ def _colours(flags: int) -> int:
     return 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0
 
 
-def is_torn(container: str, codecs: set[str], data: bytes, first: int, last: int) -> bool:
-    """Whether there is a hole where a file holds frames, from byte `first` to `last`, but in none of them.
+def is_torn(container: str, codecs: set[str], data: bytes, first: int) -> bool:
+    """Whether there is a hole where a file holds frames, from byte `first` on, but in none of them.
 
     FFmpeg looks for the next frame behind it. codecs: of all the file's streams. In other containers than these, zeros
     may stand between frames.
@@ -51,5 +56,7 @@ def is_torn(container: str, codecs: set[str], data: bytes, first: int, last: int
         return data[:1] == b"G" and data[188:189] == b"G" and data[::188].count(b"G") < len(data[::188])
     if container not in ("matroska,webm", "flv") or not codecs <= {*_PADDED, *_ARITHMETIC, "aac", "opus", "vorbis"}:
         return False
-    holes = re.finditer(rb"\0{64,}", data[first:last])
-    return any(b"\xec" not in data[max(0, first + hole.start() - 9) : first + hole.start()] for hole in holes)  # Void
+    holes = [first + hole.start() for hole in re.finditer(rb"\0{64,}", data[first:])]
+    if container == "matroska,webm":  # its elements of nothing, which begin with this byte and their size
+        holes = [at for at in holes if b"\xec" not in data[max(0, at - 9) : at]]
+    return bool(holes)

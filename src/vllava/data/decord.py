@@ -43,6 +43,8 @@ class Decord:
             if "error" in reply:
                 raise UserError(f"unreadable video ({reply['error']})")
             pixels = np.frombuffer(self._channel.recv_bytes(), np.uint8).reshape(reply["shape"])
+            if pixels.shape[3:] != (3,):  # of narrow videos, with the padding of rows taken for pixels
+                raise UserError(f"unreadable video (decord gives pictures of shape {pixels.shape[1:]})")
             return [Image.fromarray(frame) for frame in pixels]
         except (EOFError, OSError) as error:
             status = self._stop()

@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from vllava.data.container import Deadline, Opened, TimeLimitError, opened, said
+from vllava.data.container import MAX_PIXELS, Deadline, Opened, TimeLimitError, opened, said
 from vllava.data.damage import has_hole, is_torn
 from vllava.data.picture import is_hidden, upright
 from vllava.errors import UserError
@@ -56,7 +56,7 @@ def take(data: bytes, choose: Choice, seconds: float) -> Taken:
     deadline = Deadline(seconds)
     with opened(data, deadline) as video:
         packets = _Packets(video)
-        if is_torn(video.container.format.name, video.codecs, data, *packets.span):
+        if is_torn(video.container.format.name, video.codecs, data, packets.begin):
             raise UserError("damaged video (there is a hole in it)")
     return packets.planned(data, choose, deadline) or _through(data, choose, packets.guess(choose), deadline)
 
@@ -67,25 +67,25 @@ class _Packets:
     def __init__(self, video: Opened) -> None:
         """Reads them all; raises UserError for a damaged one after the first key frame."""
         self.base, self.rate, self.codec = float(video.stream.time_base), video.rate, video.codec
-        self.plain = video.container.format.name in _TIMED_FORMATS and self.codec in _TIMED_CODECS
+        container = video.container.format.name
+        self.plain = container in _TIMED_FORMATS and self.codec in _TIMED_CODECS
         self.pts, self.keys, shown = array("q"), array("q"), array("q")
         last, duration = 0, 0  # of the frame that is shown last
-        places = array("q")  # in the file
+        self.begin = 0  # of the first packet, in the file
         for number, packet in enumerate(video.packets()):
             content, pts = bytes(packet), packet.pts
+            self.begin = self.begin or packet.pos or 0
             if pts is None or (self.codec in ("h264", "hevc") and len(content) < _NO_PICTURE):
                 self.plain, pts = False, pts or 0
             if packet.is_keyframe:
                 self.keys.append(number)
-            if self.keys and (packet.is_corrupt or has_hole(self.codec, content)):
+            if self.keys and (packet.is_corrupt or has_hole(container, self.codec, content)):
                 raise UserError("damaged video (a packet is not whole)")
             if not packet.is_discard and not is_hidden(self.codec, content):
                 if not shown or pts > last:
                     last, duration = pts, packet.duration or 0
                 shown.append(number)
             self.pts.append(pts)
-            places.append(packet.pos or 0)
-        self.span = (min(places, default=0), max(places, default=0))
         times = self.pts.tolist()
         self.order = sorted(shown, key=times.__getitem__)  # the packets of frames, as they are shown
         self.line = _Line([times[place] for place in self.order], self.base, self.rate, duration)
@@ -207,7 +207,8 @@ def _sound(video: Opened) -> Iterator[Any]:
             frames = context.decode(packet)
         except Exception as error:  # FFmpeg's, of many kinds
             if begun or packet is None:
-                raise UserError(f"damaged video ({said(error)})") from error
+                large = "" if context.width else f"; or its frames are larger than {MAX_PIXELS:,} pixels"
+                raise UserError(f"damaged video ({said(error)}{large})") from error
             continue
         for frame in frames:
             shown = shown or frame.key_frame
