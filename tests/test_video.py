@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shard_fixtures import audio_file, empty_video_file, jpeg
+from shard_fixtures import audio_file, damaged, empty_video_file, jpeg
 from video_files import (
     KINDS,
     X265,
@@ -386,15 +386,6 @@ def test_a_video_that_cannot_be_read_is_an_error_of_one_line(data, reason, decod
     with pytest.raises(UserError, match=reason) as error:
         video_decoder(decoder)(data(), 8)
     assert "\n" not in str(error.value) and "Errno" not in str(error.value)
-
-
-def damaged(data, seed):
-    """A file with a few bytes changed, and every fourth one cut."""
-    rng = np.random.default_rng(seed)
-    data = bytearray(data)
-    for place in rng.integers(len(data), size=rng.integers(1, 10)):
-        data[place] = rng.integers(256)
-    return bytes(data[: rng.integers(len(data))] if seed % 4 == 0 else data)
 
 
 @pytest.mark.parametrize(

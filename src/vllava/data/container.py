@@ -20,8 +20,6 @@ FORMATS = (
 )
 MAX_PIXELS = 4096 * 4096  # of a frame: eight of them and what a decoder keeps stay below 1 GiB
 MAX_PACKETS = 1_000_000  # nine hours at 30 frames a second
-_COVER = 0x400 | 0x800  # FFmpeg's dispositions: an attached picture, thumbnails
-_DEFAULT = 0x1
 
 
 class TimeLimitError(UserError):
@@ -90,22 +88,29 @@ def opened(data: bytes, deadline: Deadline) -> Iterator[Opened]:
 
     Errors of FFmpeg inside the block become a UserError too.
     """
-    import av
-
     _check_sample_counts(data)
     try:
-        with av.open(
-            _Source(data, deadline),
-            options={"max_pixels": str(MAX_PIXELS)},
-            container_options={"format_whitelist": FORMATS, "protocol_whitelist": "none"},
-            io_open=_refuse,
-            metadata_errors="replace",
-        ) as container:
+        with _open(data, deadline) as container:
             yield Opened(container, _stream(container), deadline)
     except UserError:
         raise
     except Exception as error:  # FFmpeg's and PyAV's, of many kinds, MemoryError among them
         raise UserError(f"unreadable video ({said(error)})") from error
+
+
+def _open(data: bytes, deadline: Deadline) -> Any:
+    import av
+
+    try:
+        return av.open(
+            _Source(data, deadline),
+            options={"max_pixels": str(MAX_PIXELS)},
+            container_options={"format_whitelist": FORMATS, "protocol_whitelist": "none"},
+            io_open=_refuse,
+            metadata_errors="replace",
+        )
+    except ValueError as error:  # FFmpeg knows the format, but it is not on the list; or its own "invalid data"
+        raise UserError(f"unreadable video (in no format that is taken here; {said(error)})") from error
 
 
 def said(error: Exception) -> str:
@@ -118,10 +123,13 @@ def _refuse(url: str, *_: Any) -> Any:
 
 
 def _stream(container: Any) -> Any:
-    streams = [stream for stream in container.streams.video if not stream.disposition & _COVER]
+    from av.stream import Disposition
+
+    cover = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
         raise UserError("the video has no frames (no video stream)")
-    stream = max(streams, key=lambda stream: bool(stream.disposition & _DEFAULT))
+    stream = max(streams, key=lambda stream: bool(stream.disposition & Disposition.default))
     context = stream.codec_context
     if context is None:
         raise UserError("unreadable video (of no known codec)")

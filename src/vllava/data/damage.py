@@ -11,6 +11,7 @@ _COUNTED = {"h264", "hevc"}
 _COUNTING = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv"}
 _ARITHMETIC = {"vp8", "vp9", "libdav1d", "av1"}
 _HOLE = b"\0" * 64
+_ANY_HOLE = re.compile(rb"\0{64,}")
 _HOLE_IN_PARTS = re.compile(rb"\0{32,}[^\0\x01]")
 
 
@@ -56,7 +57,9 @@ def is_torn(container: str, codecs: set[str], data: bytes, first: int) -> bool:
         return data[:1] == b"G" and data[188:189] == b"G" and data[::188].count(b"G") < len(data[::188])
     if container not in ("matroska,webm", "flv") or not codecs <= {*_PADDED, *_ARITHMETIC, "aac", "opus", "vorbis"}:
         return False
-    holes = [first + hole.start() for hole in re.finditer(rb"\0{64,}", data[first:])]
+    if data.find(_HOLE, first) < 0:
+        return False
+    holes = [hole.start() for hole in _ANY_HOLE.finditer(data, first)]
     if container == "matroska,webm":  # its elements of nothing, which begin with this byte and their size
         holes = [at for at in holes if b"\xec" not in data[max(0, at - 9) : at]]
     return bool(holes)
