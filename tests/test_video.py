@@ -461,8 +461,9 @@ def test_a_list_of_other_files_is_no_video_and_opens_none(name, decoder, address
         video_decoder(decoder)(PLAYLISTS[name](address), 8)
 
 
-def test_a_list_of_other_files_inside_a_video_opens_none(address):
-    clip = video_decoder("pyav")(avi_with_subtitles(playlist(address)), 8)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_list_of_other_files_inside_a_video_opens_none(decoder, address):
+    clip = video_decoder(decoder)(avi_with_subtitles(playlist(address)), 8)
     assert clip[0].size == (64, 64)  # the picture's
 
 

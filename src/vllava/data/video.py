@@ -72,11 +72,11 @@ class Clip(Sequence[Image.Image]):
 class VideoDecoder:
     """Maps a video file's bytes and a number of frames to that many pictures.
 
-    sampling: "index" (evenly spaced in their numbers, the original's rule) or "time". seconds: the limit for a video.
+    sampling: "index" (evenly spaced in their numbers, the original's rule) or "time". seconds: of work for a video, at most.
     Which frames a video has, and what makes it a broken one: see vllava.data.frames.
     """
 
-    def __init__(self, sampling: str = "index", seconds: float = 60.0) -> None:
+    def __init__(self, sampling: str = "index", seconds: float = 120.0) -> None:
         if sampling not in SAMPLINGS:
             raise UserError(f"data.frame_sampling={sampling!r} is not known; there are: {', '.join(SAMPLINGS)}.")
         self.sampling, self.seconds = sampling, seconds
@@ -108,7 +108,7 @@ class DecordDecoder(VideoDecoder):
     PyAV alone.
     """
 
-    def __init__(self, sampling: str = "index", seconds: float = 60.0, videos: int = 500) -> None:
+    def __init__(self, sampling: str = "index", seconds: float = 120.0, videos: int = 500) -> None:
         super().__init__(sampling, seconds)
         self.process = Decord(seconds, videos)
 
