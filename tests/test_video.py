@@ -128,7 +128,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("name", KINDS)
 def test_frames_are_those_that_ffmpeg_shows(name, way):
     pixels, times = shown(name)
-    for frames in (1, 8, 13):
+    for frames in (1, 8):
         clip = video_decoder("pyav")(kind(name), frames)
         wanted = frame_indices(len(pixels), frames)
         assert all(np.array_equal(a, pixels[i]) for a, i in zip(clip, wanted, strict=True))
@@ -480,13 +480,15 @@ def test_a_header_that_announces_more_samples_than_the_file_can_hold_is_an_error
         video_decoder("pyav")(bytes(fragments), 8)
 
 
-def test_frames_that_are_too_large_are_an_error_before_they_are_decoded():
+def test_frames_that_are_too_large_are_an_error_before_they_are_decoded(monkeypatch):
     canvas = b"GIF89a" + struct.pack("<HH", 65535, 65535) + b"\x80\0\0" + bytes(3) + b"\xff" * 3
     picture = b",\0\0\0\0" + struct.pack("<HH", 65535, 65535) + b"\0\x02\x02\x4c\x01\0"
     with pytest.raises(UserError, match=f"larger than {MAX_PIXELS:,} pixels"):
         video_decoder("pyav")(canvas + picture * 10 + b";", 8)
-    with pytest.raises(UserError, match=f"4128 x 4096 pixels, the limit is {MAX_PIXELS:,}"):
-        video_decoder("pyav")(encoded(count=1, width=4128, height=4096, preset="ultrafast"), 8)
+    monkeypatch.setattr("vllava.data.container.MAX_PIXELS", 64 * 48 - 1)
+    for name in ("H.264 in mpegts", "H.264 in fragments"):
+        with pytest.raises(UserError, match="64 x 48 pixels, the limit is 3,071"):
+            video_decoder("pyav")(kind(name), 8)
 
 
 def test_a_video_that_takes_too_long_is_an_error():
@@ -547,10 +549,11 @@ def test_a_video_that_crashes_decord_is_read_by_pyav_and_the_next_one_by_decord(
 
 
 def test_a_video_at_which_decord_hangs_is_read_by_pyav():
-    decode = DecordDecoder(seconds=1.0)
+    decode = DecordDecoder()
     decode(_TOY_CLIP, 8)
+    decode.process.seconds = 0.2
     os.kill(decode.process._process.pid, signal.SIGSTOP)  # as good as a hang: it will not answer
-    with pytest.raises(UserError, match="did not return within 1 s"):
+    with pytest.raises(UserError, match=r"did not return within 0\.2 s"):
         decode.process.read(_TOY_CLIP, [0])
     assert len(decode(_TOY_CLIP, 8)) == 8
 

@@ -72,8 +72,8 @@ class Clip(Sequence[Image.Image]):
 class VideoDecoder:
     """Maps a video file's bytes and a number of frames to that many pictures.
 
-    sampling: "index" (evenly spaced in their numbers, the original's rule) or "time". seconds: of work for a video, at most.
-    Which frames a video has, and what makes it a broken one: see vllava.data.frames.
+    sampling: "index" (evenly spaced in their numbers, the original's rule) or "time". seconds: of work for a video, at
+    most. Which frames a video has, and what makes it a broken one: see vllava.data.frames.
     """
 
     def __init__(self, sampling: str = "index", seconds: float = 120.0) -> None:
