@@ -497,15 +497,16 @@ def test_a_video_that_takes_too_long_is_an_error():
 
 
 _MEASURE = """
-import resource, sys
+import sys, av
 from vllava.data import frames
 from vllava.data.video import video_decoder
+def peak():  # getrusage would count what the parent held when this process began
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 if sys.argv[2] == "through": frames.SHORT = 10**6
-import av, decord
 data = open(sys.argv[1], "rb").read()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 assert len(video_decoder("auto")(data, 8)) == 8
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(peak() - before)
 """
 
 
@@ -513,7 +514,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 def test_a_minute_of_720p_takes_little_memory(way):
     file = os.path.join(os.path.dirname(__file__), "data", "videos", "hd60s.mp4")
     done = subprocess.run([sys.executable, "-c", _MEASURE, file, way], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 120  # MiB; all of its frames would be 2,500
+    assert 5 < float(done.stdout) < 120  # MiB; all of its frames would be 2,500
 
 
 # --- decoders ---------------------------------------------------------------------------------------------------------
