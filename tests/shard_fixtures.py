@@ -108,3 +108,12 @@ def image_file(picture, kind="PNG"):
     buffer = io.BytesIO()
     (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, kind)
     return buffer.getvalue()
+
+
+def damaged(data, seed):
+    """A file with a few bytes changed, and every fourth one cut."""
+    rng = np.random.default_rng(seed)
+    data = bytearray(data)
+    for place in rng.integers(len(data), size=rng.integers(1, 10)):
+        data[place] = rng.integers(256)
+    return bytes(data[: rng.integers(len(data))] if seed % 4 == 0 else data)

@@ -3,15 +3,17 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from benchmarks import gpu
+from benchmarks import decoding, gpu
 from benchmarks.__main__ import main, table
 from benchmarks.contenders import MIXTURES, TRAINED, Geometry, Loop, build, draw, packed, padded, train_only
 from benchmarks.timing import Timing, exponent, take_turns
+from vllava.data.video import video_decoder
 from vllava.model.build import load_tokenizer
 from vllava.plan import configured, make
 
@@ -99,3 +101,12 @@ def test_an_unknown_benchmark_is_refused_with_those_there_are(capsys):
     with pytest.raises(SystemExit):
         main(["speed"])
     assert "no benchmark is called speed; there are: step, ablation" in capsys.readouterr().err
+
+
+def test_videos_of_the_benchmark_of_decoding_last_as_long_as_they_say_and_every_decoder_takes_their_frames():
+    data = decoding.video(64, 48, 20, {})
+    clip = decoding.CONTENDERS["ours"](data)
+    assert len(clip) == decoding.FRAMES and video_decoder("auto")(data, 8).duration == pytest.approx(20)
+    for decode in decoding.CONTENDERS.values():
+        pairs = zip(clip, decode(data), strict=True)
+        assert all(np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 3 for one, other in pairs)

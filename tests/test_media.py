@@ -1,208 +1,18 @@
 """Files to pixels, against references written out here."""
 
 import io
-import multiprocessing
-import os
-import signal
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from shard_fixtures import audio_file, empty_video_file, image_file, jpeg, video_file
+from shard_fixtures import damaged, image_file, jpeg, mp4
 
 from data_prep.toy_render import encode_mp4
 from vllava.data.media import CLIP_MEAN, CLIP_STD, Preprocess, decode_image
-from vllava.data.video import DECODERS, DecordDecoder, PyavDecoder, frame_indices, video_decoder
+from vllava.data.video import video_decoder
 from vllava.errors import UserError
-
-# --- which frames -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("total", "expected"),
-    [
-        (1, [0, 0, 0, 0, 0, 0, 0, 0]),
-        (3, [0, 0, 0, 0, 1, 1, 1, 2]),
-        (7, [0, 0, 1, 2, 3, 4, 5, 6]),
-        (8, [0, 1, 2, 3, 4, 5, 6, 7]),
-        (9, [0, 1, 2, 3, 4, 5, 6, 8]),
-        (16, [0, 2, 4, 6, 8, 10, 12, 15]),
-        (37, [0, 5, 10, 15, 20, 25, 30, 36]),
-        (300, [0, 42, 85, 128, 170, 213, 256, 299]),
-    ],
-)
-def test_eight_frames_are_spread_from_the_first_to_the_last_and_truncated(total, expected):
-    assert frame_indices(total, 8) == expected
-
-
-@settings(max_examples=100, deadline=None)
-@given(total=st.integers(1, 100_000), frames=st.integers(2, 64))
-def test_frame_indices_rise_from_the_first_frame_to_the_last(total, frames):
-    indices = frame_indices(total, frames)
-    assert len(indices) == frames and indices[0] == 0 and indices[-1] == total - 1
-    assert indices == sorted(indices)
-    exact = [i * (total - 1) / (frames - 1) for i in range(frames)]
-    assert all(at - 1 <= index <= at + 1e-6 for index, at in zip(indices, exact, strict=True))
-
-
-# --- videos -----------------------------------------------------------------------------------------------------------
-
-
-def numbered_frames(count, height, width):
-    """Frames whose brightness tells their number, with a bar that moves to the right."""
-    frames = np.empty((count, height, width, 3), np.uint8)
-    for i in range(count):
-        frames[i] = 20 + i * 200 // count
-        frames[i, :8, : max(1, width * i // count)] = (230, 40, 40)
-    return frames
-
-
-def number_of(frame, count):
-    shade = np.asarray(frame)[frame.height // 2 :].mean()
-    return round((shade - 20) / (200 / count))
-
-
-CLIPS = {
-    "toy clip": (16, lambda: encode_mp4(numbered_frames(16, 64, 64))),
-    "odd count, B-frames, one key frame": (
-        37,
-        lambda: video_file(numbered_frames(37, 180, 322), {"bf": "3", "g": "250"}),
-    ),
-    "B-frames, many key frames": (51, lambda: video_file(numbered_frames(51, 240, 136), {"bf": "2", "g": "5"})),
-    "fewer than eight frames": (3, lambda: video_file(numbered_frames(3, 64, 96))),
-    "one frame": (1, lambda: video_file(numbered_frames(1, 64, 64))),
-}
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("name", CLIPS)
-def test_the_eight_uniformly_spaced_frames_are_decoded(name, decoder):
-    count, make = CLIPS[name]
-    frames = video_decoder(decoder)(make(), 8)
-    numbers = [number_of(frame, count) for frame in frames]
-    assert numbers == [int(i * (count - 1) / 7) for i in range(8)]
-
-
-@pytest.mark.parametrize("name", CLIPS)
-def test_decord_and_pyav_give_the_same_frames(name):
-    data = CLIPS[name][1]()
-    pairs = zip(video_decoder("decord")(data, 8), video_decoder("pyav")(data, 8), strict=True)
-    for one, other in pairs:
-        assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 2
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_colours_survive_decoding(decoder):
-    frames = np.zeros((8, 64, 64, 3), np.uint8)
-    frames[:, :32] = (200, 60, 40)
-    frames[:, 32:] = (30, 90, 210)
-    decoded = np.asarray(video_decoder(decoder)(encode_mp4(frames), 8)[5], int)
-    assert np.abs(decoded[8:24].mean((0, 1)) - (200, 60, 40)).max() < 8
-    assert np.abs(decoded[40:56].mean((0, 1)) - (30, 90, 210)).max() < 8
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (lambda: b"", "unreadable video"),
-        (lambda: b"not a video" * 100, "unreadable video"),
-        (lambda: jpeg()[:40], "unreadable video"),
-        (audio_file, "unreadable video|no frames"),
-        (empty_video_file, "unreadable video|no frames"),
-        (lambda: CLIPS["toy clip"][1]()[:1000], "unreadable video|no frames"),
-        (lambda: CLIPS["toy clip"][1]()[:-600], "unreadable video|no frames"),
-    ],
-    ids=["empty file", "no video", "cut picture", "sound only", "no frame", "no index", "cut index"],
-)
-def test_a_video_that_cannot_be_read_is_an_error_of_one_line(data, reason, decoder):
-    with pytest.raises(UserError, match=reason) as error:
-        video_decoder(decoder)(data(), 8)
-    assert "\n" not in str(error.value)
-
-
-def damaged(data, seed):
-    """A file with a few bytes changed, and every fourth one cut."""
-    rng = np.random.default_rng(seed)
-    data = bytearray(data)
-    for place in rng.integers(len(data), size=rng.integers(1, 10)):
-        data[place] = rng.integers(256)
-    return bytes(data[: rng.integers(len(data))] if seed % 4 == 0 else data)
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_a_damaged_video_gives_frames_or_an_error_that_names_the_reason(name):
-    decode = video_decoder(name)
-    outcomes = set()
-    for seed in range(300):  # some of these crash decord
-        try:
-            outcomes.add(len(decode(damaged(_TOY_CLIP, seed), 8)))
-        except UserError as error:
-            outcomes.add("error")
-            assert "video" in str(error)
-    assert outcomes == {8, "error"}
-
-
-def test_a_video_that_crashes_decord_is_an_error_and_the_next_one_is_decoded():
-    decode = DecordDecoder()
-    decode(_TOY_CLIP, 8)
-    os.kill(decode._process.pid, signal.SIGSEGV)
-    with pytest.raises(UserError, match=r"decord crashed: SIGSEGV"):
-        decode(_TOY_CLIP, 8)
-    assert len(decode(_TOY_CLIP, 8)) == 8
-
-
-def test_a_video_that_takes_too_long_is_an_error_and_the_next_one_is_decoded():
-    decode = DecordDecoder(seconds=1.0)
-    decode(_TOY_CLIP, 8)
-    os.kill(decode._process.pid, signal.SIGSTOP)  # as good as a hang: it will not answer
-    with pytest.raises(UserError, match="did not return within 1 s"):
-        decode(_TOY_CLIP, 8)
-    decode.seconds = 60
-    assert len(decode(_TOY_CLIP, 8)) == 8
-
-
-def test_the_process_of_decord_is_renewed_and_ends_with_its_decoder():
-    decode = DecordDecoder(videos=2)
-    processes = {}
-    for _ in range(4):
-        decode(_TOY_CLIP, 8)
-        processes[decode._process.pid] = decode._process
-    assert len(processes) == 2
-    decode.__del__()
-    assert all(process.poll() is not None for process in processes.values())
-
-
-def test_a_forked_worker_gets_a_process_of_its_own():
-    decode = DecordDecoder()
-    decode(_TOY_CLIP, 8)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        theirs = pool.submit(frames_and_ownership, decode).result()
-    assert theirs == (8, True) and len(decode(_TOY_CLIP, 8)) == 8
-
-
-def frames_and_ownership(decode):
-    return len(decode(_TOY_CLIP, 8)), decode._owner == os.getpid()
-
-
-def test_auto_is_decord_where_it_is_installed_and_pyav_elsewhere(monkeypatch):
-    assert isinstance(video_decoder("auto"), DecordDecoder)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert isinstance(video_decoder("auto"), PyavDecoder)
-    with pytest.raises(UserError, match="not installed"):
-        video_decoder("decord")
-
-
-_TOY_CLIP = encode_mp4(numbered_frames(16, 64, 64))
-
-
-def test_an_unknown_decoder_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(UserError, match="decord, pyav"):
-        video_decoder("ffmpeg")(_TOY_CLIP, 8)
-
 
 # --- images -----------------------------------------------------------------------------------------------------------
 
@@ -325,7 +135,7 @@ def test_frames_of_videos_are_cropped_also_where_images_are_padded():
 
 def test_decoding_twice_gives_the_same_pixels():
     for _ in range(5):
-        one, other = (Preprocess().video(video_decoder("decord")(_TOY_CLIP, 8), 64) for _ in range(2))
+        one, other = (Preprocess().video(video_decoder("auto")(mp4(), 8), 64) for _ in range(2))
         assert (one == other).all()
         one, other = (Preprocess("pad").image(decode_image(image_file(noise(70, 50))), 64) for _ in range(2))
         assert (one == other).all()
@@ -338,7 +148,7 @@ def test_left_stays_left(fit):
     for _ in range(20):
         image = Preprocess(fit).image(decode_image(image_file(pixels)), 64)
         assert image[..., :30].min() > image[..., 34:].max()
-        video = Preprocess(fit).video(video_decoder("decord")(encode_mp4(np.stack([pixels] * 8)), 8), 64)
+        video = Preprocess(fit).video(video_decoder("auto")(encode_mp4(np.stack([pixels] * 8)), 8), 64)
         assert video[..., :30].min() > video[..., 34:].max()
 
 

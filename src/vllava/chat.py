@@ -47,7 +47,7 @@ def answers(
     """
     model, tokenizer, description = load(checkpoint, num_frames)
     model.to(best_device())
-    decode = sample_decoder(model.specs, description.image_fit, decoder)
+    decode = sample_decoder(model.specs, description.image_fit, decoder, description.frame_sampling)
     packer = conversation_packer(model.specs, tokenizer, **description.prompt(template))
     shown = [encoded(model, read_medium(kind, path, decode)) for kind, path in media]
     conversation: list[Message] = []

@@ -72,7 +72,7 @@ class FeatureWriter:
             "shards": [_state(shard.path) for shard in shards],
             "encoders": {kind: self._identity(kind) for kind in sorted(kinds)},
             "preprocessing": asdict(self.decode.preprocess),
-            "decoder": _settings(self.decode.video_decoder),
+            "decoder": self.decode.video_decoder.identity,
             "dtype": str(self._dtype),
         }
         key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
@@ -182,16 +182,6 @@ def _state(path: Path) -> tuple[int, int]:
     """What changes when a file is written again."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns
-
-
-def _settings(part: Any) -> Any:
-    """A part's class and the public values it was made with, as JSON can hold them."""
-    if isinstance(part, (str, int, float)) or part is None:
-        return part
-    if isinstance(part, (list, tuple)):
-        return [_settings(item) for item in part]
-    values = vars(part) if hasattr(part, "__dict__") else {}
-    return [type(part).__name__, {name: _settings(values[name]) for name in values if not name.startswith("_")}]
 
 
 def device_of_this_process() -> torch.device:

@@ -44,9 +44,11 @@ def conversation_packer(
     return ConversationPacker(tokenizer, found, specs, token_budget, max_length)
 
 
-def sample_decoder(specs: Specs, image_fit: str = "crop", decoder: str = "auto") -> SampleDecoder:
+def sample_decoder(
+    specs: Specs, image_fit: str = "crop", decoder: str = "auto", frame_sampling: str = "index"
+) -> SampleDecoder:
     """The decoder for a model's specs."""
-    return SampleDecoder(specs, Preprocess(fit=image_fit), video_decoder(decoder))
+    return SampleDecoder(specs, Preprocess(fit=image_fit), video_decoder(decoder, frame_sampling))
 
 
 def conversation_data(
@@ -67,12 +69,13 @@ def conversation_data(
     shuffle_window: int = 64,
     num_frames: int | None = None,
     features: str = "online",
+    frame_sampling: str = "index",
 ) -> DataModule:
     """Conversations in packed micro-batches, for the stages and for training a language model.
 
     sources: modality -> folders of shards; only `modalities` are used. num_frames: frames of a video, which
     the video encoder decides; raises UserError if it takes another number. features: "online" or "cache", see
-    vllava.features. See DataModule, ConversationPacker,
+    vllava.features. frame_sampling: "index" or "time", see vllava.data.video. See DataModule, ConversationPacker,
     Preprocess and SampleDecoder for the other settings.
     """
     if num_frames and "video" in specs and specs["video"].frames != num_frames:
@@ -84,7 +87,7 @@ def conversation_data(
         raise UserError(f"data.features={features!r} is not known; there are: {', '.join(FEATURES)}.")
     return DataModule(
         _chosen(sources, modalities),
-        sample_decoder(specs, image_fit, decoder),
+        sample_decoder(specs, image_fit, decoder, frame_sampling),
         conversation_packer(specs, tokenizer, template, max_length, token_budget, template_options),
         global_batch,
         seed,
@@ -108,11 +111,12 @@ def caption_data(
     remedy: str = "",
     workers: int = -1,
     shuffle_window: int = 64,
+    frame_sampling: str = "index",
 ) -> DataModule:
     """Media with captions, a global batch at a time, for pre-training encoders."""
     return DataModule(
         _chosen(sources, modalities),
-        sample_decoder(specs, image_fit, decoder),
+        sample_decoder(specs, image_fit, decoder, frame_sampling),
         CaptionPairs(tokenizer, max_length),
         global_batch,
         seed,

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -149,7 +150,7 @@ class Preprocess:
         square = self._pad(picture, size) if self.fit == "pad" else _crop(picture, size)
         return self._normalise([square])[0]
 
-    def video(self, pictures: list[Image.Image], size: int) -> Tensor:
+    def video(self, pictures: Sequence[Image.Image], size: int) -> Tensor:
         """Frames as [F, 3, size, size]."""
         return self._normalise([_crop(picture, size) for picture in pictures])
 

@@ -1,21 +1,18 @@
-"""Uniformly spaced frames of video files, decoded by decord or PyAV."""
+"""Some frames of a video file as pictures: which ones, and who decodes them."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
-from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 from PIL import Image
 
+from vllava.data.decord import Decord
+from vllava.data.frames import Taken, take
 from vllava.errors import UserError
 
 
@@ -24,141 +21,126 @@ def frame_indices(total: int, frames: int) -> list[int]:
     return np.linspace(0, total - 1, frames).astype(int).tolist()
 
 
+def frames_by_index(times: Sequence[float], frames: int) -> list[int]:
+    """Evenly spaced in their numbers: the original's rule, whatever the times."""
+    return frame_indices(len(times), frames) if times else []
+
+
+def frames_by_time(times: Sequence[float], frames: int) -> list[int]:
+    """Evenly spaced in time from the first frame to the last: the frames nearest to those times, the earlier of two."""
+    if not times:
+        return []
+    wanted = np.linspace(times[0], times[-1], frames).tolist()
+    return [_nearest(times, time) for time in wanted]
+
+
+def _nearest(times: Sequence[float], time: float) -> int:
+    after = bisect_left(times, time)
+    return min((at for at in (after - 1, after) if 0 <= at < len(times)), key=lambda at: abs(times[at] - time))
+
+
+SAMPLINGS: dict[str, Callable[[Sequence[float], int], list[int]]] = {"index": frames_by_index, "time": frames_by_time}
+
+
+@dataclass(frozen=True)
+class Clip(Sequence[Image.Image]):
+    """Frames taken from a video, as RGB pictures.
+
+    times: when each is shown, in seconds from the first frame of the video; fps: frames per second of the whole video
+    on average, None where it is not known; duration: of the whole video, in seconds, the last frame's time included.
+    """
+
+    pictures: list[Image.Image]
+    times: list[float]
+    fps: float | None
+    duration: float
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        return self.pictures[index]
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return iter(self.pictures)
+
+
 class VideoDecoder:
-    """Maps a video file's bytes and a number of frames to that many RGB pictures."""
+    """Maps a video file's bytes and a number of frames to that many pictures.
 
-    def __call__(self, data: bytes, frames: int) -> list[Image.Image]:
-        """Raises UserError if the file is unreadable or has no frames."""
-        try:
-            found = self._decode(data, frames)
-        except UserError:
-            raise
-        except Exception as error:  # decoders raise whatever they like at a damaged file
-            raise UserError(f"unreadable video ({_reason(error)})") from error
-        if len(found) == 0:
-            raise UserError("the video has no frames")
-        return [Image.fromarray(frame) for frame in found]
+    sampling: "index" (evenly spaced in their numbers, the original's rule) or "time". seconds: of work for a video, at
+    most. Which frames a video has, and what makes it a broken one: see vllava.data.frames.
+    """
 
-    def _decode(self, data: bytes, frames: int) -> Any:
-        """Arrays [H, W, 3] uint8, none if the video has no frames."""
-        raise NotImplementedError
+    def __init__(self, sampling: str = "index", seconds: float = 120.0) -> None:
+        if sampling not in SAMPLINGS:
+            raise UserError(f"data.frame_sampling={sampling!r} is not known; there are: {', '.join(SAMPLINGS)}.")
+        self.sampling, self.seconds = sampling, seconds
 
+    def __call__(self, data: bytes, frames: int) -> Clip:
+        """Raises UserError, in one line, if the file is unreadable, damaged, too large or without frames."""
+        taken = self._take(data, frames)
+        return Clip(taken.pictures, taken.times, taken.fps, taken.duration)
 
-def _reason(error: Exception) -> str:
-    """The first line of an error, without the time and source line that decord puts before it."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", line)
+    @property
+    def identity(self) -> str:
+        """What decides the frames, for those who keep what was made of them."""
+        return f"{type(self).__name__}({self.sampling})"
+
+    def _take(self, data: bytes, frames: int) -> Taken:
+        return take(data, lambda times: SAMPLINGS[self.sampling](times, frames), self.seconds)
 
 
 class PyavDecoder(VideoDecoder):
-    """PyAV, in this process: reads the whole video, and reports every damaged file as an error."""
-
-    def _decode(self, data: bytes, frames: int) -> list[np.ndarray]:
-        import av
-
-        with av.open(io.BytesIO(data)) as container:
-            if not container.streams.video:
-                return []
-            decoded = list(container.decode(video=0))
-            indices = frame_indices(len(decoded), frames) if decoded else []
-            return [decoded[i].to_ndarray(format="rgb24") for i in indices]
+    """FFmpeg through PyAV, in this process."""
 
 
 class DecordDecoder(VideoDecoder):
-    """decord, in a process of its own.
+    """decord's own pixels, which the original code sees, wherever decord gives the frames that the video has.
 
-    decord seeks, so it is quick with long videos; but some damaged files make it crash or wait for ever, and every
-    video it has opened costs memory for good. Its process is ended after `seconds` with one video, which is then
-    an error like any other, and renewed after `videos` of them.
+    decord knows nothing of edit lists, hidden frames or damage, and its seeks miss. So PyAV decodes each video first;
+    decord, in a process of its own, then reads forward, and its frames are taken if they show the same. What it
+    cannot read, or reads as something else, is PyAV's: nothing is broken because decord says so. It is slower than
+    PyAV alone.
     """
 
-    def __init__(self, seconds: float = 60.0, videos: int = 500) -> None:
-        self.seconds, self.videos = seconds, videos
-        self._owner = 0  # a forked worker must not talk to its parent's process
+    def __init__(self, sampling: str = "index", seconds: float = 120.0, videos: int = 500) -> None:
+        super().__init__(sampling, seconds)
+        self.process = Decord(seconds, videos)
 
-    def _decode(self, data: bytes, frames: int) -> np.ndarray:
-        if self._owner != os.getpid() or self._decoded >= self.videos:
-            self._start()
-        self._decoded += 1
+    def _take(self, data: bytes, frames: int) -> Taken:
+        taken = super()._take(data, frames)
         try:
-            self._channel.send_bytes(frames.to_bytes(4, "little") + data)
-            if not self._channel.poll(self.seconds):
-                self._stop()
-                raise UserError(f"unreadable video (decord did not return within {self.seconds:g} s)")
-            reply = json.loads(self._channel.recv_bytes())
-            if "error" in reply:
-                raise UserError(reply["error"])
-            return np.frombuffer(self._channel.recv_bytes(), np.uint8).reshape(reply["shape"])
-        except (EOFError, OSError) as error:
-            status = self._stop()
-            cause = signal.Signals(-status).name if status < 0 else f"exit code {status}"
-            raise UserError(f"unreadable video (decord crashed: {cause})") from error
-
-    def _start(self) -> None:
-        if self._owner == os.getpid():
-            self._stop()
-        self._channel, theirs = Pipe()
-        with theirs:
-            command = [sys.executable, "-m", "vllava.data.video", str(theirs.fileno())]
-            # In a session of its own, Ctrl-C does not reach it: it ends when this process closes the channel.
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
-        self._owner, self._decoded = os.getpid(), 0
-
-    def _stop(self) -> int:
-        """End the process, if it has not ended by itself; returns its exit status."""
-        self._owner = 0
-        self._channel.close()
-        try:
-            return self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
-
-    def __del__(self) -> None:
-        if self._owner == os.getpid():
-            self._stop()
-
-    def __getstate__(self) -> dict:
-        return {"seconds": self.seconds, "videos": self.videos, "_owner": 0}  # processes do not travel
+            theirs = self.process.read(data, taken.numbers)
+        except UserError:  # PyAV has read it
+            return taken
+        return Taken(taken.numbers, theirs, taken.times, taken.fps, taken.duration) if _alike(theirs, taken) else taken
 
 
-DECODERS = {"decord": DecordDecoder, "pyav": PyavDecoder}
+def _alike(theirs: list[Image.Image], taken: Taken) -> bool:
+    """Whether two decoders' pictures are the same but for the rounding of colours."""
+    if [picture.size for picture in theirs] != [picture.size for picture in taken.pictures]:
+        return False
+    pairs = zip(theirs, taken.pictures, strict=True)
+    return all(np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 3 for one, other in pairs)
 
 
-def video_decoder(name: str) -> VideoDecoder:
-    """The decoder of that name, or for "auto" decord where it is installed (it has no wheel for some platforms).
+DECODERS: dict[str, type[VideoDecoder]] = {"decord": DecordDecoder, "pyav": PyavDecoder}
 
-    Raises UserError for an unknown name, or if decord is asked for and not installed.
+
+def video_decoder(name: str, sampling: str = "index") -> VideoDecoder:
+    """The decoder of that name, or for "auto" PyAV, which is right with every file that it reads and the fastest.
+
+    Raises UserError for an unknown name or sampling, or if decord is asked for and not installed.
     """
-    installed = importlib.util.find_spec("decord") is not None
     if name == "auto":
-        name = "decord" if installed else "pyav"
+        name = "pyav"
     if name not in DECODERS:
         raise UserError(f"data.decoder={name!r} is not known; there are: auto, {', '.join(DECODERS)}.")
-    if name == "decord" and not installed:
+    if name == "decord" and importlib.util.find_spec("decord") is None:
         raise UserError("decord is not installed here: choose data.decoder=pyav.")
-    return DECODERS[name]()
-
-
-def _serve(channel: Connection) -> None:
-    """The decord process: a request is a number of frames and a file; the reply is a shape and pixels, or an error."""
-    import decord
-
-    while True:
-        try:
-            request = channel.recv_bytes()
-        except EOFError:
-            return
-        try:
-            reader = decord.VideoReader(io.BytesIO(request[4:]), num_threads=1)
-            indices = frame_indices(len(reader), int.from_bytes(request[:4], "little")) if len(reader) else []
-            found = reader.get_batch(indices).asnumpy() if indices else np.empty((0, 0, 0, 3), np.uint8)
-        except Exception as error:
-            channel.send_bytes(json.dumps({"error": f"unreadable video ({_reason(error)})"}).encode())
-        else:
-            channel.send_bytes(json.dumps({"shape": found.shape}).encode())
-            channel.send_bytes(found.tobytes())
-
-
-if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])))
+    return DECODERS[name](sampling)

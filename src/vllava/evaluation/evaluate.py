@@ -28,14 +28,15 @@ def evaluate(
     max_new_tokens: int = 16,
     decoder: str = "auto",
     num_frames: int | None = None,
+    template: str | None = None,
     shown: int = 8,
     plots: dict[str, str] | None = None,
 ) -> dict:
     """Answer every question of every source whose medium the model takes; write metrics, answers and a report.
 
     sources: medium -> name -> folder of shards; the headline figures are over all sources of a medium together.
-    num_frames: of a video, if not as in training. `shown` samples of each medium, and the loss curves `plots`
-    (name -> PNG file), go into the report.
+    num_frames: of a video, and template: of the prompt, if not as in training. `shown` samples of each medium, and the
+    loss curves `plots` (name -> PNG file), go into the report.
     Writes metrics.json, answers.jsonl and report.html to `run_dir`, and prints a table. Raises UserError for a
     missing checkpoint or shards, and for a sample that cannot be asked; of odd questions before the first is asked.
     A question without a true answer is asked and not scored.
@@ -45,8 +46,8 @@ def evaluate(
         raise UserError(f"evaluation.sources names {', '.join(unknown)}; there are: {', '.join(MEDIA_KINDS)}.")
     model, tokenizer, description = load(checkpoint, num_frames)
     model.to(best_device())
-    decode = sample_decoder(model.specs, description.image_fit, decoder)
-    packer = conversation_packer(model.specs, tokenizer, description.template)
+    decode = sample_decoder(model.specs, description.image_fit, decoder, description.frame_sampling)
+    packer = conversation_packer(model.specs, tokenizer, **description.prompt(template))
     media = [kind for kind in sources if kind in model.specs]
     for shards in (shards for medium in media for shards in sources[medium].values()):
         check_rows(shards, remedy)

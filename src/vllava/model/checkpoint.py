@@ -51,6 +51,7 @@ class Description:
     sha256: dict[str, str] = field(default_factory=dict)  # of the parts it belongs to: "image", "video", "llm"
     origin: dict[str, Any] = field(default_factory=dict)  # what the config.json of an imported checkpoint said
     template_options: dict[str, Any] = field(default_factory=dict)  # of the tokenizer's own template
+    frame_sampling: str = "index"  # of videos
 
     def prompt(self, template: str | None = None) -> dict[str, Any]:
         """How to ask: as in training, or with another template."""
@@ -123,6 +124,8 @@ _FORM: dict[str, Callable[[Any], bool]] = {  # what the parts of a description l
     "trained": lambda found: isinstance(found, list) and _all(str, found),
     "sha256": lambda found: isinstance(found, dict) and _all(str, found.values()),
     "origin": lambda found: isinstance(found, dict),
+    "template_options": lambda found: isinstance(found, dict),
+    "frame_sampling": lambda found: isinstance(found, str),
 }
 
 

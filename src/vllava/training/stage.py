@@ -47,6 +47,7 @@ class Stage(Task):
             template=settings["data"]["template"],
             image_fit=settings["data"]["image_fit"],
             trained=list(self.trained),
-            template_options=settings["data"].get("template_options") or {},
+            template_options=settings["data"]["template_options"],
+            frame_sampling=settings["data"]["frame_sampling"],
         )
         save_trained(self.model, tokenizer, description, folder)
