@@ -16,8 +16,10 @@ class Preview:
 
     def __init__(self, sources: dict[str, str], specs: dict[str, MediumSpec], tokenizer: Any, settings: Any) -> None:
         data = settings["data"]
-        self.decode = sample_decoder(specs, data["image_fit"], data["decoder"], data["frame_sampling"])
-        self.packer = conversation_packer(specs, tokenizer, data["template"], template_options=data["template_options"])
+        self.decode = sample_decoder(specs, data["image_fit"], data["decoder"], data.get("frame_sampling", "index"))
+        self.packer = conversation_packer(
+            specs, tokenizer, data["template"], template_options=data.get("template_options")
+        )
         remedy = "Make them with `python -m data_prep.toy eval`."
         self.samples = [
             sample

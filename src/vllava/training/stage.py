@@ -47,7 +47,7 @@ class Stage(Task):
             template=settings["data"]["template"],
             image_fit=settings["data"]["image_fit"],
             trained=list(self.trained),
-            template_options=settings["data"]["template_options"],
-            frame_sampling=settings["data"]["frame_sampling"],
+            template_options=settings["data"].get("template_options") or {},
+            frame_sampling=settings["data"].get("frame_sampling", "index"),
         )
         save_trained(self.model, tokenizer, description, folder)
