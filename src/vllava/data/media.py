@@ -1,31 +1,24 @@
-"""Pictures to pixels: decode an image file, resize, normalise. No augmentation. Videos: see video.py."""
+"""Pictures to normalised pixels: resize, crop or pad, normalise. No augmentation. Files: see picture.py, video.py."""
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from vllava.data.picture import decode_image
 from vllava.errors import UserError
+
+__all__ = ["CLIP_MEAN", "CLIP_STD", "FITS", "Preprocess", "decode_image"]
 
 # CLIP's normalisation, which LanguageBind keeps.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FITS = ("crop", "pad")
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """An image file as RGB; raises UserError if it cannot be read."""
-    try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except UnidentifiedImageError as error:  # whose own words are an object's address
-        raise UserError("unreadable image (of no known format)") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"unreadable image ({error})") from error
+BAND = 512  # rows of a padded picture that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -46,20 +39,28 @@ class Preprocess:
 
     def image(self, picture: Image.Image, size: int) -> Tensor:
         """One picture as [3, size, size]."""
-        square = self._pad(picture) if self.fit == "pad" else picture
-        return self._normalise([_crop(square, size)])[0]
+        return self._normalise([self._pad(picture, size) if self.fit == "pad" else _crop(picture, size)])[0]
 
     def video(self, pictures: list[Image.Image], size: int) -> Tensor:
         """Frames as [F, 3, size, size]."""
         return self._normalise([_crop(picture, size) for picture in pictures])
 
-    def _pad(self, picture: Image.Image) -> Image.Image:
+    def _pad(self, picture: Image.Image, size: int) -> Image.Image:
+        """The picture in the middle of a square of the mean colour, resized to `size`.
+
+        The square of a long picture would not fit into memory. Resizing goes across first and down then, so that the
+        rows can be narrowed in bands, and rows without the picture not at all: the same pixels.
+        """
         side = max(picture.size)
-        if picture.size == (side, side):
-            return picture
-        canvas = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in self.mean))
-        canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        return canvas
+        colour = tuple(int(channel * 255) for channel in self.mean)
+        left, top = (side - picture.width) // 2, (side - picture.height) // 2
+        narrow = Image.new("RGB", (size, side), colour)
+        for row in range(0, picture.height, BAND):
+            strip = picture.crop((0, row, picture.width, min(row + BAND, picture.height)))
+            band = Image.new("RGB", (side, strip.height), colour)
+            band.paste(strip, (left, 0))
+            narrow.paste(band.resize((size, band.height), Image.Resampling.BICUBIC), (0, top + row))
+        return narrow.resize((size, size), Image.Resampling.BICUBIC)
 
     def _normalise(self, pictures: list[Image.Image]) -> Tensor:
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
@@ -69,12 +70,9 @@ class Preprocess:
 
 
 def _crop(picture: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` (bicubic), then the centre square."""
-    width, height = picture.size
-    if (width, height) == (size, size):
-        return picture
-    scale = size / min(width, height)
-    width, height = max(size, round(width * scale)), max(size, round(height * scale))
+    """Short side to `size`, the long one in proportion and truncated (bicubic); then the centre square."""
+    short = min(picture.size)
+    width, height = (size * side // short for side in picture.size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return picture.crop((left, top, left + size, top + size))
