@@ -1,20 +1,14 @@
 """Picture files to what a viewer shows: values known by construction."""
 
-import io
 import re
-import resource
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, features
 from picture_fixtures import bmp_with_alpha, chunk, encoded, exif, png, quadrants, tiff
-from shard_fixtures import image_file
+from PIL import Image, ImageCms
 
-from vllava.data.picture import MAX_ASPECT, MAX_PIXELS, decode_image
+from vllava.data.picture import decode_image
 from vllava.errors import UserError
 
 FILES = Path(__file__).parent / "data" / "pictures"
@@ -149,7 +143,7 @@ DEEP = {
     "TIFF, little-endian": lambda: tiff(stored_ramp("<u2"), 16, size=(96, 4)),
     "TIFF, big-endian": lambda: tiff(stored_ramp(">u2"), 16, ">", size=(96, 4)),
     "TIFF, compressed": lambda: encoded(np.tile(RAMP, (4, 1)).astype(np.uint16), "TIFF", compression="tiff_lzw"),
-    "TIFF, white is zero": lambda: tiff((65535 - np.tile(RAMP, (4, 1))).astype("<u2").tobytes(), 16, photometric=0, size=(96, 4)),
+    "TIFF, white is zero": lambda: tiff((65535 - RAMP).astype("<u2").tobytes() * 4, 16, photometric=0, size=(96, 4)),
     "TIFF, 15 bits and a sign": lambda: tiff(stored_ramp("<i2", 32767 / 65535), 16, sample_format=2, size=(96, 4)),
     "TIFF, 16 bits in 32": lambda: encoded(Image.fromarray(np.tile(RAMP, (4, 1)).astype(np.int32)), "TIFF"),
     "TIFF, 8 bits in 32": lambda: tiff(stored_ramp(">i4", 255 / 65535), 32, ">", sample_format=2, size=(96, 4)),
@@ -233,6 +227,18 @@ def on_nothing(mode):
     return picture.convert(mode) if mode in ("RGBa", "La") else picture
 
 
+def drawing_rows():
+    return [row.tobytes() for row in drawing()]
+
+
+def deep_drawing(channels):
+    """Rows of 16 bits a channel, the last of which is the drawing's alpha."""
+    pixels = np.zeros((64, 96, channels), ">u2")
+    pixels[..., -1] = drawing() * 257.0
+    return [row.tobytes() for row in pixels]
+
+
+PALETTE, ALPHAS = chunk(b"PLTE", bytes(768)), chunk(b"tRNS", bytes(range(256)))  # black of every opacity
 TRANSPARENT = {
     "file": lambda: (FILES / "black_on_transparent_rgba.png").read_bytes(),
     "RGBA PNG": lambda: encoded(on_nothing("RGBA"), "PNG"),
@@ -244,9 +250,9 @@ TRANSPARENT = {
     "RGBA BMP": lambda: bmp_with_alpha(on_nothing("RGBA")),
     "RGBA AVIF": lambda: encoded(on_nothing("RGBA"), "AVIF", quality=100),
     "RGBA HEIC": lambda: encoded(on_nothing("RGBA"), "HEIF"),
-    "16-bit RGBA PNG": lambda: png((96, 64), 16, 6, [np.stack([row * 0] * 3 + [row], 1).astype(">u2").tobytes() for row in drawing() * 257.0]),
-    "16-bit LA PNG": lambda: png((96, 64), 16, 4, [np.stack([row * 0, row], 1).astype(">u2").tobytes() for row in drawing() * 257.0]),
-    "palette PNG, a byte for each": lambda: png((96, 64), 8, 3, [row.tobytes() for row in drawing()], chunk(b"PLTE", bytes(768)), chunk(b"tRNS", bytes(range(256)))),
+    "16-bit RGBA PNG": lambda: png((96, 64), 16, 6, deep_drawing(4)),
+    "16-bit LA PNG": lambda: png((96, 64), 16, 4, deep_drawing(2)),
+    "palette PNG, a byte for each": lambda: png((96, 64), 8, 3, drawing_rows(), PALETTE, ALPHAS),
     "palette PNG with alpha": lambda: encoded(np.stack([drawing() * 0, drawing()], -1), "TIFF"),
 }  # fmt: skip
 

@@ -28,8 +28,10 @@ from vllava.errors import UserError, reason
 # Limits, kept before anything is decoded. Decoding takes 8 to 16 bytes a pixel: within them, less than 720 MiB.
 MAX_PIXELS = 49_000_000  # the largest photo of an iPhone, 8064 x 6048, passes
 MAX_WEBP_PIXELS = 40_000_000  # always 16 bytes a pixel, as its decoder keeps canvases of its own
-MAX_SIDE = 32_768  # twice what WebP and most cameras and viewers know
+MAX_SIDE = 16_384  # the longest panoramas of phones, and of a WebP; padding a strip to a square takes a second
 MAX_ASPECT = 100  # a centre crop of a longer strip shows less than 1 % of it, and resizing it would take gigabytes
+MAX_SCANS = 100  # of a JPEG: a progressive one has about ten, each goes over the whole picture
+MAX_BLOCKS = 100_000  # of a GIF before its first picture: 25 MB of comments
 
 FLOAT_TOPS = (1, 255, 65535)  # what may stand for white in a picture of floating point numbers
 INT_TOPS = (255, 65535, 2**31 - 1, 2**32 - 1)  # and in one of 32-bit integers
@@ -55,7 +57,7 @@ def _decode(data: bytes, name: str) -> Image.Image:
     image = FORMATS[name][1](data)
     check_size(*image.size)
     # A GIF's first picture may cover a part of the sheet; the rest is transparent, whatever Pillow fills it with.
-    covered = image.tile[0][1] if isinstance(image, GifImageFile) else None
+    covered = image.tile[0][1] if isinstance(image, _Gif) else None
     image.load()
     check_size(*image.size)  # a HEIC tells its size for certain only now
     _correct_key(image, data)
@@ -88,6 +90,42 @@ class _Jpeg(JpegImageFile):
 
     def getexif(self) -> Image.Exif:
         return Image.Exif()
+
+
+def _jpeg(data: bytes) -> ImageFile:
+    # What follows the picture (a phone's film, or more pictures) may look like any number of scans.
+    if data.count(_SCAN) > MAX_SCANS and _scans(data) > MAX_SCANS:
+        raise ValueError(f"more than {MAX_SCANS} scans")
+    return _Jpeg(io.BytesIO(data))
+
+
+_SCAN = b"\xff\xda"
+
+
+def _scans(data: bytes) -> int:
+    """The scans of the first picture in a JPEG file."""
+    at, scans = 2, 0
+    while marker := _MARKER.search(data, at):
+        if marker[0] == b"\xff\xd9":
+            break
+        scans += marker[0] == _SCAN
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
+
+
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # those with a length, and the end
+
+
+class _Gif(GifImageFile):
+    """A GIF whose comments do not take far more memory than the file."""
+
+    blocks = 0
+
+    def data(self) -> bytes | None:
+        self.blocks += 1
+        if self.blocks > MAX_BLOCKS:
+            raise ValueError(f"more than {MAX_BLOCKS} blocks before its first picture")
+        return super().data()
 
 
 class _Tiff(TiffImageFile):
@@ -144,10 +182,10 @@ def _heic(data: bytes) -> ImageFile:
 
 # The formats of photos, drawings and scans on the web, on phones and in data sets. A file's first bytes, its opener.
 FORMATS = {
-    "JPEG": (rb"\xff\xd8\xff", lambda data: _Jpeg(io.BytesIO(data))),
+    "JPEG": (rb"\xff\xd8\xff", _jpeg),
     "PNG": (rb"\x89PNG\r\n\x1a\n", lambda data: PngImageFile(io.BytesIO(data))),
     "WebP": (rb"RIFF.{4}WEBP", _webp),
-    "GIF": (rb"GIF8[79]a", lambda data: GifImageFile(io.BytesIO(data))),
+    "GIF": (rb"GIF8[79]a", lambda data: _Gif(io.BytesIO(data))),
     "BMP": (rb"BM", lambda data: BmpImageFile(io.BytesIO(data))),
     "TIFF": (rb"II[*+]\0|MM\0[*+]", _tiff),
     "AVIF": (rb".{4}ftyp(avi[fs]|m[is]f1.{4}(.{4}){0,9}avi[fs])", _avif),
