@@ -55,6 +55,12 @@ def test_pictures_of_phones_are_upright():
     assert shows_quadrants((FILES / "phone.heic").read_bytes())
 
 
+def test_the_brand_that_avif_and_heic_share_is_told_apart():
+    for data in (encoded(quadrants(), "AVIF"), (FILES / "phone.heic").read_bytes()):
+        assert data[8:12] in (b"avif", b"heic")
+        assert shows_quadrants(data[:8] + b"mif1" + data[12:], 12)
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "I;16", "CMYK"])
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_pictures_of_every_mode_are_turned(kind, mode):
@@ -253,7 +259,7 @@ TRANSPARENT = {
     "16-bit RGBA PNG": lambda: png((96, 64), 16, 6, deep_drawing(4)),
     "16-bit LA PNG": lambda: png((96, 64), 16, 4, deep_drawing(2)),
     "palette PNG, a byte for each": lambda: png((96, 64), 8, 3, drawing_rows(), PALETTE, ALPHAS),
-    "palette PNG with alpha": lambda: encoded(np.stack([drawing() * 0, drawing()], -1), "TIFF"),
+    "palette TIFF with alpha": lambda: encoded(on_nothing("RGBA").convert("PA"), "TIFF"),
 }  # fmt: skip
 
 
