@@ -33,8 +33,8 @@ from data_prep.toy_render import encode_mp4
 from vllava.data import frames as rule
 from vllava.data.container import MAX_PACKETS, MAX_PIXELS
 from vllava.data.damage import has_hole
-from vllava.data.picture import is_hidden
 from vllava.data.video import DECODERS, DecordDecoder, PyavDecoder, frame_indices, frames_by_time, video_decoder
+from vllava.data.video_frame import is_hidden
 from vllava.errors import UserError
 
 # --- which frames -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from PIL import Image
 
 from vllava.data.container import MAX_PIXELS, Deadline, Opened, TimeLimitError, opened, said
 from vllava.data.damage import has_hole, is_torn
-from vllava.data.picture import is_hidden, upright
+from vllava.data.video_frame import is_hidden, upright
 from vllava.errors import UserError
 
 Choice = Callable[[Sequence[float]], list[int]]  # the times of all frames, s -> the numbers of the wanted ones, rising
