@@ -104,7 +104,9 @@ def _pyav_all(data: bytes) -> object:
     with av.open(io.BytesIO(data)) as container:
         container.streams.video[0].codec_context.thread_count = 1
         frames = list(container.decode(video=0))
-    return [Image.fromarray(frames[i].to_ndarray(format="rgb24")) for i in frame_indices(len(frames), FRAMES)]
+    return [
+        Image.fromarray(frames[i].to_ndarray(format="rgb24", threads=1)) for i in frame_indices(len(frames), FRAMES)
+    ]
 
 
 CONTENDERS: dict[str, Callable[[bytes], object]] = {

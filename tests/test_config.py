@@ -17,6 +17,7 @@ from shard_fixtures import ROOT
 
 from vllava.config import check, register_resolvers, run_name
 from vllava.errors import UserError
+from vllava.run import MARK, claim
 
 CONF = ROOT / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -266,3 +267,28 @@ def test_a_misspelt_key_of_a_copied_configuration_stops_the_command(train, tmp_p
     file = conf / "experiment" / "stage1.yaml"
     file.write_text(file.read_text().replace("global_batch:", "globl_batch:"))
     assert_one_paragraph(train("--config-path", str(conf), "+experiment=stage1"), "'globl_batch'", "'global_batch'")
+
+
+# --- what is in a run's folder ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_files_that_no_run_wrote_is_no_runs(tmp_path):
+    claim(tmp_path / "new")
+    (tmp_path / "new" / "metrics.json").write_text("{}")
+    claim(tmp_path / "new")  # a run's own
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("harmless")
+    claim(mine)
+    (mine / MARK).unlink()
+    (mine / "config.yaml").write_text("my: own")
+    with pytest.raises(UserError, match=r"holds config\.yaml, which a run would replace.*touch"):
+        claim(mine)
+    assert (mine / "config.yaml").read_text() == "my: own"
+
+
+def test_the_traceback_of_a_users_mistake_is_in_the_log_and_not_on_the_screen(tmp_path):
+    command = [sys.executable, "train.py", "+experiment=stage1", f"world={tmp_path}/none", f"run_dir={tmp_path}/run"]
+    done = subprocess.run([*command, "logger=none"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: No shards") and "Traceback" not in done.stderr
+    assert "Traceback" in (tmp_path / "run" / "train.log").read_text()

@@ -64,7 +64,12 @@ def figures(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "figures" in RECORDED[name]])
 def test_figures_are_those_that_were_recorded(name, figures):
-    assert figures[name] == pytest.approx(RECORDED[name]["figures"], abs=0.01)
+    recorded = RECORDED[name]["figures"]
+    assert figures[name].keys() == recorded.keys()
+    for figure, value in figures[name].items():
+        # Some 70 questions of a type: where the model is torn, another processor's rounding turns a few answers.
+        few = 0.05 if figure.startswith("reading_") else 0.01
+        assert value == pytest.approx(recorded[figure], abs=few), figure
 
 
 def test_encoders_and_language_model_are_good_enough_to_stand_for_public_ones(figures):

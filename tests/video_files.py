@@ -48,7 +48,7 @@ def encoded(
         if times:
             stream.codec_context.time_base = Fraction(1, 1000)
         for number, pixels in enumerate(pictures(count, height, width, noise)):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=layout)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format=layout, threads=1)
             if times:
                 frame.pts, frame.time_base = times[number], Fraction(1, 1000)
             out.mux(stream.encode(frame))
@@ -227,6 +227,6 @@ def shown(name):
     with av.open(io.BytesIO(kind(name))) as container:
         container.streams.video[0].codec_context.thread_count = 1
         frames = list(container.decode(video=0))
-        pixels = [frame.to_ndarray(format="rgb24") for frame in frames]
+        pixels = [frame.to_ndarray(format="rgb24", threads=1) for frame in frames]
         times = [None if frame.pts is None else frame.pts * float(frame.time_base or 0) for frame in frames]
     return pixels, times

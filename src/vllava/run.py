@@ -36,13 +36,15 @@ from vllava.training.loggers import log_samples
 from vllava.training.task import Task
 
 RESUME = "resume.ckpt"  # in a run's folder while it is unfinished
+MARK = ".vllava-run"  # in every run's folder: what lies there is a run's, and may be replaced by the next
+_WRITTEN = ("config.yaml", "metrics.json", "history.jsonl", "answers.jsonl", "broken.jsonl", "report.html", "loss.png")
 
 
 def run(cfg: DictConfig) -> None:
     """Carry out one configuration: a chain of experiments, an evaluation, or a training run."""
     check(cfg)
     quiet(cfg.log_level)
-    Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+    claim(Path(cfg.run_dir))
     if cfg.chain:
         run_chain(cfg)
     elif HydraConfig.get().mode is RunMode.MULTIRUN:
@@ -51,6 +53,18 @@ def run(cfg: DictConfig) -> None:
         instantiate(cfg.evaluation)
     else:
         train(cfg)
+
+
+def claim(run_dir: Path) -> None:
+    """Make a folder a run's; raises UserError where, without a mark, it holds files of the names that a run writes."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    held = [name for name in _WRITTEN if (run_dir / name).exists()]
+    if held and not (run_dir / MARK).exists():
+        raise UserError(
+            f"{run_dir} holds {', '.join(held)}, which a run would replace, and is not marked as a run's folder. "
+            f"Choose another one with run_dir=…, or, if an older version made it, mark it: touch {run_dir / MARK}"
+        )
+    (run_dir / MARK).touch()
 
 
 def quiet(level: str) -> None:

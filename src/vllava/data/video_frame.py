@@ -32,7 +32,8 @@ def upright(frame: Any) -> Image.Image:
     """
     if frame.width * frame.height > MAX_PIXELS:
         raise UserError(f"frames of {frame.width} x {frame.height} pixels, the limit is {MAX_PIXELS:,} pixels")
-    pixels = frame.to_ndarray(format="rgb24")
+    # One thread: FFmpeg would start some for each frame, and a loader has a process for each core already.
+    pixels = frame.to_ndarray(format="rgb24", threads=1)
     matrix = _matrix(frame)
     return Image.fromarray(pixels) if matrix is None else _turned(pixels, *matrix)
 
