@@ -142,5 +142,5 @@ def video_decoder(name: str, sampling: str = "index") -> VideoDecoder:
     if name not in DECODERS:
         raise UserError(f"data.decoder={name!r} is not known; there are: auto, {', '.join(DECODERS)}.")
     if name == "decord" and importlib.util.find_spec("decord") is None:
-        raise UserError("decord is not installed here: choose data.decoder=pyav.")
+        raise UserError("decord is not installed here (pip install 'vllava[decord]'): choose data.decoder=pyav.")
     return DECODERS[name](sampling)
