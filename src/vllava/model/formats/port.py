@@ -17,6 +17,7 @@ from vllava.model.encoders import CLIP_SETTINGS
 from vllava.model.files import Checkpoint, require_same
 from vllava.model.formats.parts import Parts, Tensors, Tower, checked, under
 from vllava.model.formats.processor import write_processor
+from vllava.model.llm import quiet
 
 MEDIA_TOKENS = ("<image>", "<video>")
 
@@ -125,7 +126,7 @@ def write_port(parts: Parts, folder: Path, drop_temporal_attention: bool = False
     require_same(tensors, port.state_dict(), "These parts do not fit the port")
     port.load_state_dict(tensors, assign=True)
     port.tie_weights()
-    with replacing(folder, overwrite) as unfinished:
+    with quiet(), replacing(folder, overwrite) as unfinished:
         port.save_pretrained(unfinished)
         parts.tokenizer.save_pretrained(unfinished)
         size = sizes[0]["image_size"]
