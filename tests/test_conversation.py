@@ -3,6 +3,7 @@
 import copy
 import itertools
 import re
+import resource
 
 import pytest
 from hypothesis import given, settings
@@ -592,12 +593,24 @@ def test_a_chat_template_that_cannot_be_used_is_refused_in_words(text, message, 
         encode(turns("What colour is it?", "red"), tokenizer, TEMPLATES["chat"])
 
 
-def test_a_chat_template_that_does_not_come_to_an_end_is_refused(thinking_tokenizer, monkeypatch):
-    monkeypatch.setattr("vllava.conversation.TEMPLATE_SECONDS", 0.3)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10**10 }}",
+        "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{{ 'x' * 10**8 }}",
+    ],
+    ids=["loops", "a text beyond memory", "a text that doubles", "a long text"],
+)
+def test_a_chat_template_that_does_not_come_to_an_end_is_refused(text, thinking_tokenizer, monkeypatch):
+    monkeypatch.setattr("vllava.templates.TEMPLATE_SECONDS", 1)
     tokenizer = copy.copy(thinking_tokenizer)
-    tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(UserError, match=r"takes more than 0\.3 s"):
+    tokenizer.chat_template = text
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match="does not come to an end"):
         conversation_packer({}, tokenizer, "chat")
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_a_system_text_that_the_template_ignores_is_refused(thinking_tokenizer):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllava.batch import IGNORE_INDEX
-from vllava.errors import UserError, time_limit
+from vllava.errors import UserError, memory_limit
 from vllava.templates import (
     MEDIA_MARKS,
     RESERVED,
@@ -62,7 +62,7 @@ _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"
 # A conversation beyond these is no training sample but a damaged record; it would take minutes to tokenise.
 MAX_TURNS = 1_000
 MAX_CHARACTERS = 1_000_000
-TEMPLATE_SECONDS = 10  # that a template may take for two short rounds
+PROBE_BYTES = 2**29  # that a template, a stranger's program, may take for two short rounds
 
 
 @dataclass(frozen=True)
@@ -263,9 +263,7 @@ def ends_of_turn(tokenizer: Any, template: Template) -> list[int]:
     template cannot write a conversation of two rounds.
     """
     two_rounds = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}] * 2
-    with time_limit(
-        TEMPLATE_SECONDS, f"The conversation template takes more than {TEMPLATE_SECONDS} s for two rounds."
-    ):
+    with memory_limit(PROBE_BYTES, "The tokenizer's chat template does not come to an end. Choose another one."):
         probe = encode(two_rounds, tokenizer, template).labels
     after = [*probe[1:], IGNORE_INDEX]
     return sorted({a for a, b in zip(probe, after, strict=True) if a != IGNORE_INDEX and b == IGNORE_INDEX})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import resource
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 log = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ def reason(error: BaseException) -> str:
 
 @contextmanager
 def time_limit(seconds: float, message: str) -> Iterator[None]:
-    """Raises UserError with the message if what is inside takes longer; for Python code that a stranger wrote.
+    """Raises UserError with the message if what is inside takes longer: for Python code that a stranger wrote.
 
     Only in a process's main thread, where alone a signal can interrupt; elsewhere there is no limit.
     """
@@ -61,13 +63,32 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         yield
         return
 
-    def stop(*_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise UserError(message)
 
-    previous = signal.signal(signal.SIGALRM, stop)
+    previous = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+@contextmanager
+def memory_limit(extra: int, message: str) -> Iterator[None]:
+    """Raises UserError with the message if what is inside takes so many bytes more than the process has.
+
+    The limit is all threads': use it before there are any that allocate much. Without one where a system has none.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with suppress(OSError, ValueError):
+        most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + extra
+        if limits[0] == resource.RLIM_INFINITY or most < limits[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+    try:
+        yield
+    except MemoryError as error:
+        raise UserError(message) from error
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -9,7 +9,7 @@ from datetime import date
 from functools import partial
 from typing import Any
 
-from vllava.errors import UserError, reason
+from vllava.errors import UserError, reason, time_limit
 
 Message = dict[str, str]  # {"from": "system" | "human" | "gpt", "value": text}, LLaVA's format
 
@@ -108,6 +108,7 @@ def _end_token(tokenizer: Any) -> str:
 
 # --- the tokenizer's own ----------------------------------------------------------------------------------------------
 
+TEMPLATE_SECONDS, TEMPLATE_CHARACTERS = 10, 10_000_000  # of a conversation as written
 _ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 _MARK = "\ufdd2{}\ufdd3"  # stands for the text of a turn
 _MARKS = re.compile("\ufdd2(\\d+)\ufdd3")
@@ -206,9 +207,8 @@ def _render(chat: list[dict], tokenizer: Any, options: Mapping[str, Any]) -> str
     settings = dict(options)
     day = settings.pop("date", None)
     try:
-        source = _with_fixed_date(tokenizer.get_chat_template(), day)
-        return tokenizer.apply_chat_template(chat, chat_template=source, tokenize=False, **settings)
-    except UserError:
+        return _apply(tokenizer, chat, _with_fixed_date(tokenizer.get_chat_template(), day), settings)
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # templates raise what they like, and jinja adds its own
         if _TODAY in str(error):
@@ -219,6 +219,16 @@ def _render(chat: list[dict], tokenizer: Any, options: Mapping[str, Any]) -> str
         raise UserError(
             f"The tokenizer's chat template refuses this conversation ({reason(error)}).{_lists(tokenizer)} {_ANOTHER}"
         ) from error
+
+
+def _apply(tokenizer: Any, chat: list[dict], source: str | None, settings: Mapping[str, Any]) -> str:
+    """What a template writes; raises UserError if that takes too long, or is too much: it is a stranger's program."""
+    endless = f"The tokenizer's chat template does not come to an end. {_ANOTHER}"
+    with time_limit(TEMPLATE_SECONDS, endless):
+        text = tokenizer.apply_chat_template(chat, chat_template=source, tokenize=False, **settings)
+    if len(text) > TEMPLATE_CHARACTERS:
+        raise UserError(endless)
+    return text
 
 
 _TODAY = "today is not fixed"
@@ -240,7 +250,7 @@ def _lists(tokenizer: Any) -> str:
 
     def writes(content: Any) -> bool:
         try:
-            return _MARK in tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            return _MARK in _apply(tokenizer, [{"role": "user", "content": content}], None, {})
         except Exception:
             return False
 
