@@ -172,7 +172,9 @@ def test_features_are_what_the_encoder_made(dtype, decode):
         (features(torch.zeros(1, 4, 8)), r"shape \(1, 4, 8\)"),
         (features(torch.zeros(())), r"shape \(\)"),
         (features(torch.zeros(4, 8, dtype=torch.int64)), "no finite numbers"),
+        (features(torch.zeros(4, 8, dtype=torch.float64)), "no finite numbers of 16 or 32 bits"),
         (features(torch.full((4, 8), torch.nan)), "no finite numbers"),
+        (features(torch.tensor([[0.0] * 31 + [-torch.inf]]).reshape(4, 8)), "no finite numbers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -15,6 +15,7 @@ from vllava.data.record import MediumFile, parse
 from vllava.data.video import VideoDecoder
 from vllava.errors import UserError, reading
 
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16)  # of features
 BROKEN = "broken"  # instead of media that could not be read: the reason
 
 
@@ -82,9 +83,8 @@ class SampleDecoder:
         if features.ndim != 2 or len(features) != spec.tokens or spec.width not in (None, features.shape[1]):
             wanted = f"{spec.tokens} x {spec.width or 'E'}"
             raise UserError(f"features of shape {tuple(features.shape)}, the model's {kind} encoder gives {wanted}")
-        # The least and the greatest are NaN or infinite if any is: twenty times as fast as asking each.
-        if not (features.is_floating_point() and all(extreme.isfinite() for extreme in torch.aminmax(features))):
-            raise UserError(f"{kind} features that are no finite numbers")
+        if features.dtype not in PRECISIONS or not _finite(features):
+            raise UserError(f"{kind} features that are no finite numbers of 16 or 32 bits")
         return Medium(kind, features)
 
     def _medium(self, kind: str, file: MediumFile) -> Medium:
@@ -101,3 +101,8 @@ class SampleDecoder:
         if kind not in self.specs:
             raise UserError(f"the model has no encoder for a medium of kind {kind}")
         return self.specs[kind]
+
+
+def _finite(values: Tensor) -> bool:
+    # The least and the greatest are NaN or infinite if any is: twenty times as fast as asking each.
+    return values.numel() > 0 and all(bool(extreme.isfinite()) for extreme in torch.aminmax(values))
