@@ -70,6 +70,18 @@ def test_media_are_encoded_once_however_many_questions_there_are(talk, monkeypat
     assert len(calls) == 2
 
 
+def test_the_first_question_may_say_where_the_media_stand(talk, checkpoint, files):
+    model, tokenizer, _ = load(checkpoint)
+    decode = sample_decoder(model.specs, "crop")
+    media = [decode.video((files / "b.mp4").read_bytes()), decode.image((files / "a.jpg").read_bytes())]
+    asked = "<video> before <image>, what changed?"
+    sample = Sample("", [{"from": "human", "value": asked}], media)
+    assert talk(asked) == ask(model, conversation_packer(model.specs, tokenizer), [sample], 9)
+    assert len(talk("Is <video> a tag?", media=("--image", "a.jpg"))) == 1  # of a medium that is not shown: text
+    with pytest.raises(SystemExit, match="placeholders and media differ"):
+        talk("Is <image> a tag?")
+
+
 def test_sampling_follows_from_its_seed(talk):
     hot = ["--temperature", "5", "--seed"]
     assert talk(QUESTIONS[0], *hot, "1") == talk(QUESTIONS[0], *hot, "1")

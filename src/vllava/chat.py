@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from vllava.conversation import TEMPLATES, Message
+from vllava.conversation import TEMPLATES, Message, placeholders
 from vllava.data.build import conversation_packer, sample_decoder
 from vllava.data.samples import Medium, Sample, SampleDecoder
 from vllava.data.video import DECODERS
@@ -41,7 +41,7 @@ def answers(
     template: str | None = None,
     **sampling: Any,
 ) -> Iterator[str]:
-    """Answer questions in one conversation; the media are shown before the first, and encoded once.
+    """Answer questions in one conversation; the media are shown before the first, or where it says, and encoded once.
 
     Greedy, unless `sampling` says otherwise in the words of `transformers`' generation.
     """
@@ -52,8 +52,10 @@ def answers(
     shown = [encoded(model, read_medium(kind, path, decode)) for kind, path in media]
     conversation: list[Message] = []
     for question in questions:
-        placeholders = "".join(f"<{medium.kind}>\n" for medium in shown) if not conversation else ""
-        conversation.append({"from": "human", "value": placeholders + question})
+        asked = {"from": "human", "value": question}
+        if not conversation and [kind for _, kind in placeholders([asked])] != [medium.kind for medium in shown]:
+            asked["value"] = "".join(f"<{medium.kind}>\n" for medium in shown) + question
+        conversation.append(asked)
         answer = ask(model, packer, [Sample("chat", conversation, shown)], max_new_tokens, **sampling)[0]
         conversation.append({"from": "gpt", "value": answer})
         yield answer
@@ -81,7 +83,12 @@ class _Show(argparse.Action):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vllava.chat", description=__doc__.splitlines()[0])
-    parser.add_argument("question", nargs="*", help="questions, asked one after the other; without any, type them")
+    parser.add_argument(
+        "question",
+        nargs="*",
+        help="questions, asked one after the other; without any, type them. "
+        "The first may say where the media stand: '<image> before <video>, what changed?'",
+    )
     parser.add_argument("--checkpoint", required=True, help="a run's checkpoint folder")
     parser.add_argument("--image", action=_Show, metavar="FILE", help="an image to show (may be repeated)")
     parser.add_argument("--video", action=_Show, metavar="FILE", help="a video to show (may be repeated)")

@@ -45,6 +45,7 @@ __all__ = [
     "ends_of_turn",
     "llava_v1",
     "media_in",
+    "placeholders",
     "plain",
     "read_conversation",
     "split_system",
@@ -163,7 +164,7 @@ def media_in(
     """
     if not files:
         return []
-    shown = [kind for _, kind in _placeholders(conversation)]
+    shown = [kind for _, kind in placeholders(conversation)]
     if len(shown) > len(files):
         meant = {kind for kind in (looks or files) if kind}
         shown = [kind for kind in shown if kind in meant]
@@ -172,7 +173,7 @@ def media_in(
     return shown
 
 
-def _placeholders(conversation: Sequence[Message]) -> list[tuple[int, str]]:
+def placeholders(conversation: Sequence[Message]) -> list[tuple[int, str]]:
     """(index of the turn, kind) of each placeholder in a human turn."""
     return [
         (index, kind)
@@ -184,7 +185,7 @@ def _placeholders(conversation: Sequence[Message]) -> list[tuple[int, str]]:
 
 def _differ(conversation: Sequence[Message], given: Sequence[str]) -> str:
     """In words, that human turns show other media than the sample has."""
-    places = [f"<{kind}> in turn {index + 1}" for index, kind in _placeholders(conversation)]
+    places = [f"<{kind}> in turn {index + 1}" for index, kind in placeholders(conversation)]
     words = f"placeholders and media differ: the text shows {', '.join(places[:8]) or 'none'}, the sample has "
     words += ", ".join(given[:8]) or "none"
     others = [i for i, m in enumerate(conversation, 1) if m["from"] != "human" and _PLACEHOLDER.search(m["value"])]
@@ -198,7 +199,7 @@ def _marked(conversation: Sequence[Message], media: Sequence[str] | None, mark: 
 
     None for `media` means every placeholder of a human turn. Raises UserError where they are others than `media`.
     """
-    shown = [kind for _, kind in _placeholders(conversation)]
+    shown = [kind for _, kind in placeholders(conversation)]
     kinds = set(PLACEHOLDER_IDS) if media is None else set(media)
     if media is not None and [kind for kind in shown if kind in kinds] != list(media):
         raise UserError(_differ(conversation, media))
