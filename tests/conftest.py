@@ -15,6 +15,7 @@ from vllava.conversation import TEMPLATES
 from vllava.data.packing import ConversationPacker
 from vllava.data.samples import Medium, Sample
 from vllava.model.build import fresh_llm, load_tokenizer
+from vllava.model.checkpoint import Description, save_trained
 from vllava.model.encoders import ClipEncoder
 from vllava.model.languagebind import LanguageBind
 from vllava.model.video_llava import VideoLlava
@@ -138,6 +139,17 @@ def make_model(make_llm, image_folder, video_folder):
 @pytest.fixture
 def model(make_model):
     return make_model()
+
+
+@pytest.fixture
+def checkpoint(make_model, tokenizer, image_folder, video_folder, tmp_path):
+    """A whole checkpoint of the tiny model."""
+    build = "vllava.model.encoders.ClipEncoder"
+    folders = {"image": image_folder, "video": video_folder}
+    encoders = {kind: {"_target_": build, "path": str(path), "medium": kind} for kind, path in folders.items()}
+    description = Description(encoders, "llm", "vicuna_v1", "crop", ["projector", "llm"])
+    save_trained(make_model(), tokenizer, description, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
 
 
 @pytest.fixture

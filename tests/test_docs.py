@@ -9,20 +9,9 @@ import pytest
 from data_prep.toy import make
 from data_prep.toy_render import encode_jpeg, encode_mp4, render
 from data_prep.toy_scene import draw_clip, draw_picture
-from vllava.model.checkpoint import Description, save_trained
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/architecture.md", "docs/library.md", "docs/fidelity.md", "data_prep/README.md"]
-
-
-@pytest.fixture
-def checkpoint(model, tokenizer, image_folder, video_folder, tmp_path):
-    build = "vllava.model.encoders.ClipEncoder"
-    folders = {"image": image_folder, "video": video_folder}
-    encoders = {kind: {"_target_": build, "path": str(path), "medium": kind} for kind, path in folders.items()}
-    description = Description(encoders, "llm", "vicuna_v1", "crop", ["projector", "llm"])
-    save_trained(model, tokenizer, description, tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
 
 
 def test_library_page_runs(checkpoint, tmp_path):

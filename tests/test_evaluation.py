@@ -17,7 +17,6 @@ from vllava.evaluation.answers import Answer, answer_all, ask, check_rows, norma
 from vllava.evaluation.evaluate import TEMPORAL_TYPES, evaluate, summary, table, types
 from vllava.evaluation.report import sample_rows, write_report
 from vllava.model.build import fresh_llm, video_llava
-from vllava.model.checkpoint import Description, save_trained
 
 REMEDY = "Make them with `python -m data_prep.toy eval`."
 
@@ -304,16 +303,6 @@ def test_a_question_whose_media_do_not_fit_its_text_is_named_before_it_is_asked(
     write_source(tmp_path / "s", [image_sample("good"), odd], per_shard=2)
     with pytest.raises(UserError, match=r"00000.tar:odd: "):
         list(read_samples(tmp_path / "s", sample_decoder(SPECS), REMEDY, packer=packer))
-
-
-@pytest.fixture
-def checkpoint(make_model, tokenizer, image_folder, video_folder, tmp_path):
-    build = "vllava.model.encoders.ClipEncoder"
-    folders = {"image": image_folder, "video": video_folder}
-    encoders = {kind: {"_target_": build, "path": str(path), "medium": kind} for kind, path in folders.items()}
-    description = Description(encoders, "llm", "vicuna_v1", "crop", ["projector", "llm"])
-    save_trained(make_model(), tokenizer, description, tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
 
 
 def ask_all(checkpoint, sources, run_dir):

@@ -251,7 +251,7 @@ def _lists(tokenizer: Any) -> str:
     def writes(content: Any) -> bool:
         try:
             return _MARK in _apply(tokenizer, [{"role": "user", "content": content}], None, {})
-        except Exception:
+        except Exception:  # whatever a template raises, it does not write this
             return False
 
     wants = writes([{"type": "text", "text": _MARK}]) and not writes(_MARK)

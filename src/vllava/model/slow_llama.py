@@ -123,7 +123,7 @@ def slow_llama(folder: Path, config: dict[str, Any]) -> SlowLlama:
     except UserError as error:
         raise UserError(f"{path} {str(error).rstrip('.')}.") from error
     named, others = _special_tokens(folder, config)
-    _add(folder, backend, model, named, others)
+    _add(folder, config, backend, model, named, others)
     template = folder / "chat_template.jinja"
     tokenizer = SlowLlama(
         tokenizer_object=backend,
@@ -187,7 +187,12 @@ def _read_token(path: Path, name: str, given: Any, swallows: bool) -> Any:
 
 
 def _add(
-    folder: Path, backend: Tokenizer, model: Model, named: dict[str, AddedToken], others: Sequence[AddedToken]
+    folder: Path,
+    config: dict[str, Any],
+    backend: Tokenizer,
+    model: Model,
+    named: dict[str, AddedToken],
+    others: Sequence[AddedToken],
 ) -> None:
     """Add what the vocabulary lacks: added_tokens.json in the order of its ids, then the special tokens."""
     if named["unk_token"].content != model.unknown:
@@ -199,7 +204,7 @@ def _add(
         raise UserError(f"{path} does not give an id to every token.")
     later = {  # transformers from 4.34 on
         given["content"]: (int(index), given)
-        for index, given in _later_tokens(folder).items()
+        for index, given in _later_tokens(folder, config).items()
         if int(index) >= len(model.pieces)
     }
     for text, (index, given) in later.items():
@@ -217,8 +222,8 @@ def _add(
     backend.add_special_tokens(list(special.values()))
 
 
-def _later_tokens(folder: Path) -> dict[str, Any]:
-    tokens = json_object(folder / CONFIG).get("added_tokens_decoder") or {}
+def _later_tokens(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    tokens = config.get("added_tokens_decoder") or {}
     good = isinstance(tokens, dict) and all(
         index.isdecimal() and len(index) < 10 and isinstance(token, dict) and isinstance(token.get("content"), str)
         for index, token in tokens.items()
