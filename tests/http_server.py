@@ -14,7 +14,8 @@ class Server:
         self.files, self.faults, self.always = {}, deque(), None
         self.asked = []  # (path with query, Range or None)
         self.headers = []
-        self.then = {}  # path -> what to do after the next request for it
+        self.connections = 0
+        self.then = {}  # path -> what to do when it is asked for next, after its content was taken
         self.stopped = threading.Event()
         self.lock = threading.Lock()
         server = self
@@ -42,10 +43,14 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     world: Server
 
+    def setup(self):
+        super().setup()
+        self.world.connections += 1
+
     def log_message(self, *_):
         pass
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         world, path = self.world, self.path.partition("?")[0]
         with world.lock:
             world.asked.append((self.path, self.headers.get("Range")))
@@ -63,9 +68,9 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, str) and fault.startswith("to "):
             self.answer(302, b"", {"Location": fault[3:]})
             return
-        self.file(data, fault)
         if path in world.then:
             world.then.pop(path)()
+        self.file(data, fault)
 
     def answer(self, status, data, headers):
         self.send_response(status)
@@ -87,7 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             status, body = 206, data[start:end]
             shift = 1 if fault == "other bytes" else 0
-            headers = {"Content-Range": f"bytes {start + shift}-{end - 1}/{len(data)}", "Content-Length": str(len(body))}
+            headers = {
+                "Content-Range": f"bytes {start + shift}-{end - 1}/{len(data)}",
+                "Content-Length": str(len(body)),
+            }
         if fault == "no length":
             headers, self.close_connection = {"Content-Length": None, "Connection": "close"}, True
         if fault == "compressed":
@@ -109,8 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if self.world.stopped.wait(0.05):
                     return
         elif fault == "slow":
-            for place in range(0, len(body), -(-len(body) // 20)):
-                self.wfile.write(body[place : place - (-len(body) // 20)])
+            block = max(20_000, len(body) // 50)
+            for place in range(0, len(body), block):
+                self.wfile.write(body[place : place + block])
                 time.sleep(0.01)
         else:
             self.wfile.write(body)

@@ -127,8 +127,8 @@ class ShardCache:
         """An unfinished file that takes its whole size from the beginning, so that others reckon with it."""
         if size > self.most:
             raise UserError(
-                f"{path} has {size:,} bytes, and data.cache.gigabytes={self.most / 1e9:g} is less. Allow more, or set it "
-                "to 0 to read samples one at a time, or make smaller shards."
+                f"{path} has {size:,} bytes, and data.cache.gigabytes={self.most / 1e9:g} is less. Allow more, or 0 to "
+                "read samples one at a time, or make smaller shards."
             )
         settings = self.store.settings
         until = time.monotonic() + 2 * settings.seconds * (settings.retries + 1)

@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote
 
 import fsspec
 
@@ -18,6 +19,7 @@ from vllava.errors import UserError, reason
 T = TypeVar("T")
 PIECE = 1 << 22  # bytes that have one time limit, and after which a download counts as going on
 LEAST = 1 << 16  # of a piece, where larger ones did not come in time
+_IN_URLS = "%:/?[]@!$&'()*+,;=~"  # what stands for itself there
 ELSEWHERE = "Name a folder with room for copies of shards with data.cache.folder, or keep fewer: data.cache.gigabytes."
 
 # What to install for a protocol; fsspec finds it by itself.
@@ -85,7 +87,7 @@ class Store:
         return b"".join(arrived)
 
     def read_at(self, path: RemotePath, offset: int, size: int, crc32: int | None = None) -> bytes:
-        """The bytes of a file from `offset` on; raises RemoteUserError where their CRC-32 is another one than the given."""
+        """The bytes of a file from `offset` on; raises RemoteUserError where their CRC-32 is not the given one."""
 
         def piece() -> bytes:
             stream = self._stream(path, offset, offset + size)
@@ -136,7 +138,8 @@ class Store:
                 if stream.position != progress.done:
                     progress.restart()
                 while progress.done < size:
-                    if self._piece(stream, progress, size, patience.failures):
+                    self._piece(stream, progress, size, patience.failures)
+                    if progress.has_advanced():
                         patience.failures = 0
                 if stream.state.size is None and self._next(stream, 1):
                     raise _ChangedError(f"has more than {size} bytes, which its manifest lists")
@@ -147,13 +150,15 @@ class Store:
             except (UserError, _ChangedError):
                 raise
             except Exception as error:
+                if progress.has_advanced():
+                    patience.failures = 0
                 patience.wait(error)
             finally:
                 if stream:
                     stream.close()
 
-    def _piece(self, stream: Stream, progress: _Progress, size: int, failures: int) -> bool:
-        """Add what comes next; smaller pieces after failures. True where the download has come a piece further."""
+    def _piece(self, stream: Stream, progress: _Progress, size: int, failures: int) -> None:
+        """Add what comes next; smaller pieces after failures."""
         arrived: list[bytes] = []
         wanted = min(max(PIECE >> failures, LEAST), size - progress.done)
         try:
@@ -162,7 +167,6 @@ class Store:
             came = progress.add(arrived)
         if came < wanted:
             raise OSError(f"the answer ended after {progress.done} of {size} bytes")
-        return progress.has_advanced()
 
     def _tried(self, path: RemotePath, attempt: Callable[[], T]) -> T:
         patience = Patience(path, self.settings)
@@ -183,11 +187,12 @@ class Store:
         key = (os.getpid(), path.protocol, path.host)
         if key not in self._systems:
             options = dict(self.settings.options.get(path.protocol, {}))
-            if path.is_http:  # proxies of the environment, and ~/.netrc
+            if path.is_http:  # addresses go out as they are; proxies of the environment, and ~/.netrc
+                options = {"encoded": True, **options}
                 options["client_kwargs"] = {"trust_env": True, **options.get("client_kwargs", {})}
             self._systems[key] = within(self.settings.seconds, lambda: _connected(path, options))
         system = self._systems[key]
-        return system, path.url if path.is_http else system._strip_protocol(path.url)
+        return system, quote(path.url, _IN_URLS) if path.is_http else system._strip_protocol(path.url)
 
 
 def _connected(path: RemotePath, options: dict[str, Any]) -> Any:
