@@ -7,9 +7,11 @@ from typing import Any
 from vllava.batch import MediumSpec
 from vllava.conversation import ends_of_turn
 from vllava.conversation import template as find_template
+from vllava.data.address import is_remote, shown
 from vllava.data.datamodule import DataModule
 from vllava.data.media import Preprocess
 from vllava.data.packing import CaptionPairs, ConversationPacker
+from vllava.data.patience import Remote
 from vllava.data.samples import SampleDecoder
 from vllava.data.video import video_decoder
 from vllava.errors import UserError
@@ -70,13 +72,14 @@ def conversation_data(
     num_frames: int | None = None,
     features: str = "online",
     frame_sampling: str = "index",
+    cache: Remote | dict[str, Any] | None = None,
 ) -> DataModule:
     """Conversations in packed micro-batches, for the stages and for training a language model.
 
     sources: modality -> folders of shards; only `modalities` are used. num_frames: frames of a video, which
     the video encoder decides; raises UserError if it takes another number. features: "online" or "cache", see
-    vllava.features. frame_sampling: "index" or "time", see vllava.data.video. See DataModule, ConversationPacker,
-    Preprocess and SampleDecoder for the other settings.
+    vllava.features. frame_sampling: "index" or "time", see vllava.data.video. cache: of shards on servers, see
+    vllava.data.patience. See DataModule, ConversationPacker, Preprocess and SampleDecoder for the other settings.
     """
     if num_frames and "video" in specs and specs["video"].frames != num_frames:
         raise UserError(
@@ -85,6 +88,10 @@ def conversation_data(
         )
     if features not in FEATURES:
         raise UserError(f"data.features={features!r} is not known; there are: {', '.join(FEATURES)}.")
+    if features == "cache" and (servers := [folder for folder in _chosen(sources, modalities) if is_remote(folder)]):
+        raise UserError(
+            f"data.features=cache writes beside the shards, and cannot to {shown(servers[0])}: copy them here."
+        )
     return DataModule(
         _chosen(sources, modalities),
         sample_decoder(specs, image_fit, decoder, frame_sampling),
@@ -95,6 +102,7 @@ def conversation_data(
         workers,
         shuffle_window,
         features == "cache",
+        remote=_remote(cache),
     )
 
 
@@ -112,6 +120,7 @@ def caption_data(
     workers: int = -1,
     shuffle_window: int = 64,
     frame_sampling: str = "index",
+    cache: Remote | dict[str, Any] | None = None,
 ) -> DataModule:
     """Media with captions, a global batch at a time, for pre-training encoders."""
     return DataModule(
@@ -123,4 +132,9 @@ def caption_data(
         remedy,
         workers,
         shuffle_window,
+        remote=_remote(cache),
     )
+
+
+def _remote(cache: Remote | dict[str, Any] | None) -> Remote:
+    return cache if isinstance(cache, Remote) else Remote(**cache or {})

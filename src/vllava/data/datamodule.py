@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from vllava.batch import Step
 from vllava.data.broken import trace, why
 from vllava.data.order import epoch_order
+from vllava.data.patience import Remote, RemoteUserError
 from vllava.data.samples import Sample
 from vllava.data.shards import Shard, ShardReader, read_sources
 from vllava.errors import UserError
@@ -51,6 +52,8 @@ class ShardDataset(Dataset):
                 sample = self.decode(*self.reader.read(shard, index))
                 prepared.append(self.assembler.prepare(sample))
                 step.dropped_turns += sample.dropped_turns
+            except RemoteUserError:  # of a server, not of the sample
+                raise
             except Exception as error:  # of a stranger's sample: memory and recursion errors among them
                 step.broken.append((key, why(error)))
                 if text := trace(error):
@@ -87,7 +90,7 @@ class DataModule(L.LightningDataModule):
     sources: folders of shards; remedy: the sentence that ends a missing-shards error;
     global_batch: samples per optimiser step, over all devices; workers: loader processes (-1: cores - 1, at most 8);
     shuffle_window: shards mixed at a time; wants_features: whether what encoders make of the media is to be read
-    instead of the media, see vllava.features.
+    instead of the media, see vllava.features; remote: how folders on servers are read.
     """
 
     def __init__(
@@ -101,12 +104,13 @@ class DataModule(L.LightningDataModule):
         workers: int = -1,
         shuffle_window: int = 64,
         wants_features: bool = False,
+        remote: Remote | None = None,
     ) -> None:
         super().__init__()
         if not sources:
             raise UserError("data.sources is empty: name at least one folder of shards.")
         self.sources, self.remedy = sources, remedy
-        self.shards = read_sources(sources, remedy)
+        self.shards = read_sources(sources, remedy, remote)
         self.decode, self.assembler = decode, assembler
         self.wants_features = wants_features
         self.global_batch, self.seed, self.shuffle_window = global_batch, seed, shuffle_window

@@ -12,10 +12,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from vllava.batch import MEDIA_KINDS
 from vllava.conversation import Message
+from vllava.data.address import RemotePath
 from vllava.data.frames import measure
 from vllava.data.picture import image_size
 from vllava.data.record import MediumFile, parse
@@ -84,7 +85,10 @@ class Entry(NamedTuple):
         return Entry(self.key, files, facts)
 
 
-def index_path(shard: Path) -> Path:
+Located = TypeVar("Located", Path, RemotePath)
+
+
+def index_path(shard: Located) -> Located:
     """Where the index of a shard lies."""
     return shard.with_name(shard.name + SUFFIX)
 
@@ -156,7 +160,16 @@ def read_index(path: Path, size: int) -> list[Entry]:
     try:
         if path.stat().st_size > INDEX_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes; an index has at most {INDEX_BYTES}")
-        first, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise _unfit(str(path), error) from error
+    return parse_index(data, str(path), size)
+
+
+def parse_index(data: bytes, name: str, size: int) -> list[Entry]:
+    """The entries of an index of that name; see read_index."""
+    try:
+        first, *lines = data.decode().rstrip("\n").split("\n")
         header = json.loads(first)
         if header["version"] != VERSION:
             raise ValueError(f"it is of version {header['version']!r}, known is {VERSION}")
@@ -167,9 +180,13 @@ def read_index(path: Path, size: int) -> list[Entry]:
         entries = [_entry(json.loads(line), size) for line in lines]
         if len({entry.key for entry in entries}) != len(entries):
             raise ValueError("it lists a key twice")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path.with_suffix('')} does not fit its index {path} ({reason(error)}). {REMEDY}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _unfit(name, error) from error
     return entries
+
+
+def _unfit(name: str, error: Exception) -> UserError:
+    return UserError(f"{name.removesuffix(SUFFIX)} does not fit its index {name} ({reason(error)}). {REMEDY}")
 
 
 def _entry(said: dict[str, Any], size: int) -> Entry:

@@ -20,6 +20,10 @@ class RemoteUserError(UserError):
     """A file on a server cannot be had, or is not what it should be: no matter of one sample."""
 
 
+class AbsentUserError(RemoteUserError):
+    """A file is not there, or not for us to read: some stores do not tell the two apart."""
+
+
 @dataclass(frozen=True)
 class Remote:
     """How remote shards are read.
@@ -67,7 +71,9 @@ class Patience:
         seconds, retries = self.settings.seconds, self.settings.retries
         self.failures, self.tries = self.failures + 1, self.tries + 1
         if isinstance(error, FileNotFoundError):
-            raise RemoteUserError(f"{self.path} does not exist ({said(error)}). Check the address.") from None
+            raise AbsentUserError(f"{self.path} does not exist ({said(error)}). Check the address.") from None
+        if isinstance(error, PermissionError):
+            raise AbsentUserError(f"{self.path} cannot be read ({said(error)}). {_ACCESS}") from None
         if is_final(error):
             raise RemoteUserError(f"{self.path} cannot be read ({said(error)}). {_ACCESS}") from None
         if self.failures > retries:
