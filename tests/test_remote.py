@@ -17,8 +17,8 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from http_server import Server
 
-from tests.http_server import Server
 from vllava.data.address import RemotePath, is_remote, local_path, shown
 from vllava.data.cache import ShardCache
 from vllava.data.patience import Remote
@@ -45,7 +45,7 @@ def server():
 
 
 def settings(**changes):
-    return Remote(**{"seconds": 0.3, "retries": 2, **changes})
+    return Remote(**{"seconds": 0.2, "retries": 2, **changes})
 
 
 @pytest.fixture
@@ -335,7 +335,7 @@ def test_a_small_file_survives_what_passes(fault, server, address):
     assert Store(settings()).read(address, 10**6) == SMALL
 
 
-@pytest.mark.parametrize("fault", [None, *[fault for fault in PASSING if fault != "wrong byte"]])
+@pytest.mark.parametrize("fault", [None, "hang up", "cut", "stall midway", 503, "other bytes"])
 def test_a_part_is_read_without_the_rest(fault, server, address):
     if fault:
         server.faults.append(fault)

@@ -60,15 +60,17 @@ class RemotePath:
     def __post_init__(self) -> None:
         if not is_remote(self.url) or re.search(r"[\x00-\x1f\x7f]", self.url):
             raise UserError(f"{shown(self.url)!r} is not an address such as https://host/folder.")
-        if self.is_http and "#" in self.url:
+        protocol, _, rest = self.url.partition("://")
+        object.__setattr__(self, "url", f"{protocol.lower()}://{rest}")
+        if self.is_http and "#" in rest:
             raise UserError(
                 f"{shown(self.url)} has a '#', which ends an address: write %23 where it is part of a name."
             )
 
     @property
     def protocol(self) -> str:
-        """s3, https, …: in lower case."""
-        return self.url.partition("://")[0].lower()
+        """s3, https, …"""
+        return self.url.partition("://")[0]
 
     @property
     def host(self) -> str:

@@ -133,9 +133,19 @@ def _medium(kind: str, file: MediumFile) -> MediumFacts:
 
 def write_index(path: Path, shard: str, size: int, entries: Sequence[Entry]) -> None:
     """Write the index of a shard of that name and `size` bytes to `path`."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps({"version": VERSION, "shard": shard, "bytes": size, "samples": len(entries)}) + "\n")
-        file.writelines(_line(entry) + "\n" for entry in entries)
+    lines = [(_line(entry) + "\n").encode() for entry in entries]
+    said = {"version": VERSION, "shard": shard, "bytes": size, "samples": len(entries), "crc32": _crc(lines)}
+    with open(path, "wb") as file:
+        file.write(json.dumps(said).encode() + b"\n")
+        file.writelines(lines)
+
+
+def _crc(lines: Iterable[bytes]) -> int:
+    """The CRC-32 of lines one after the other."""
+    crc = 0
+    for line in lines:
+        crc = zlib.crc32(line, crc)
+    return crc
 
 
 def _line(entry: Entry) -> str:
@@ -180,6 +190,8 @@ def parse_index(data: bytes, name: str, size: int) -> list[Entry]:
         entries = [_entry(json.loads(line), size) for line in lines]
         if len({entry.key for entry in entries}) != len(entries):
             raise ValueError("it lists a key twice")
+        if "crc32" in header and header["crc32"] != zlib.crc32(data[data.index(b"\n") + 1 :]):
+            raise ValueError("it is not what was written")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise _unfit(name, error) from error
     return entries

@@ -47,16 +47,19 @@ class Servers:
 
     def index(self, path: RemotePath, size: int) -> list[Entry] | None:
         """The index beside a shard of `size` bytes; None if there is none. Raises UserError if it does not fit."""
-        place = index_path(path)
         try:
-            if self.cache is None:
-                data = self.store.read(place, INDEX_BYTES)
-            else:
-                with self.cache.open(place) as file:
-                    data = file.read(INDEX_BYTES)
+            try:
+                return self._index(path, size)
+            except RemoteUserError:
+                raise
+            except UserError:  # it may have suffered on its way
+                return self._index(path, size)
         except AbsentUserError:
             return None
-        return parse_index(data, str(place), size)
+
+    def _index(self, path: RemotePath, size: int) -> list[Entry]:
+        place = index_path(path)
+        return parse_index(self.store.read(place, INDEX_BYTES), str(place), size)
 
 
 class RemoteShard(RawIOBase):
