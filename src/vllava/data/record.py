@@ -50,7 +50,7 @@ class Parsed:
 
 def parse(members: dict[str, bytes]) -> Parsed:
     """Members by extension to a record, a conversation and media files; raises UserError for what is no sample."""
-    record = _record(members)
+    record = read_record(members)
     conversation, dropped = read_conversation(record)
     files = _media_files(members)
     for kind in MEDIA_KINDS:
@@ -60,7 +60,8 @@ def parse(members: dict[str, bytes]) -> Parsed:
     return Parsed(record, conversation, dropped, files, kinds)
 
 
-def _record(members: dict[str, bytes]) -> dict:
+def read_record(members: dict[str, bytes]) -> dict:
+    """The record of a sample; raises UserError where it has none that can be read."""
     if "json" not in members:
         raise UserError("no readable JSON record: the sample has no member KEY.json")
     try:

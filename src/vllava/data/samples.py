@@ -21,7 +21,7 @@ BROKEN = "broken"  # instead of media that could not be read: the reason
 
 @dataclass(frozen=True)
 class Medium:
-    """An image [3, H, W] or a video [F, 3, H, W], or what its encoder made of it [P, E]."""
+    """An image [3, H, W] or a video [F, 3, H, W], uint8 (or normalised), or what its encoder made of it [P, E]."""
 
     kind: str
     pixels: Tensor
@@ -61,19 +61,19 @@ class SampleDecoder:
 
     def image(self, data: bytes) -> Medium:
         """An image file as the model takes it; raises UserError if it cannot be read or the model takes none."""
-        return Medium("image", self.preprocess.image(decode_image(data), self._spec("image").size))
+        return Medium("image", self.preprocess.image_pixels(decode_image(data), self._spec("image").size))
 
     def video(self, data: bytes) -> Medium:
         """A video file as the model takes it; raises UserError if it cannot be read or the model takes none."""
         spec = self._spec("video")
-        return Medium("video", self.preprocess.video(self.video_decoder(data, spec.frames), spec.size))
+        return Medium("video", self.preprocess.video_pixels(self.video_decoder(data, spec.frames), spec.size))
 
     def frames(self, files: list[bytes]) -> Medium:
         """A video whose frames were taken at preparation time."""
         spec = self._spec("video")
         if len(files) != spec.frames:
             raise UserError(f"{len(files)} prepared frames, the model takes {spec.frames}")
-        return Medium("video", self.preprocess.video([decode_image(data) for data in files], spec.size))
+        return Medium("video", self.preprocess.video_pixels([decode_image(data) for data in files], spec.size))
 
     def features(self, kind: str, data: bytes) -> Medium:
         """A medium that was encoded before."""
