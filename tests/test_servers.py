@@ -54,7 +54,10 @@ def data_of(images, texts, tokenizer, cache=None, **changes):
 
 
 def epoch(data):
-    return list(data.train_dataloader())
+    steps = list(data.train_dataloader())
+    if data.workers:
+        gc.collect()  # stops the workers here, and not in the thread that waits for servers
+    return steps
 
 
 def seen(steps):

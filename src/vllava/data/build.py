@@ -10,6 +10,7 @@ from vllava.conversation import template as find_template
 from vllava.data.address import is_remote, shown
 from vllava.data.datamodule import DataModule
 from vllava.data.media import Preprocess
+from vllava.data.mixture import Source, portions
 from vllava.data.packing import CaptionPairs, ConversationPacker
 from vllava.data.patience import Remote
 from vllava.data.samples import SampleDecoder
@@ -21,15 +22,15 @@ MODALITIES = ("image", "video", "text")
 FEATURES = ("online", "cache")
 
 
-def _chosen(sources: dict[str, list[str]], modalities: list[str]) -> list[str]:
-    """The folders of the wanted modalities."""
+def _chosen(sources: dict[str, list[str]], modalities: list[str]) -> list[Source]:
+    """The sources of the wanted modalities."""
     unknown = sorted((set(modalities) | set(sources)) - set(MODALITIES))
     if unknown:
         raise UserError(f"No modality is called {', '.join(unknown)}; there are: {', '.join(MODALITIES)}.")
     for kind, folders in sources.items():
         if not isinstance(folders, list):
             raise UserError(f"data.sources.{kind} is a list of folders: data.sources.{kind}=[FOLDER, …]")
-    return [folder for kind in modalities for folder in sources.get(kind, [])]
+    return [Source(kind, folder) for kind in modalities for folder in sources.get(kind, [])]
 
 
 def conversation_packer(
@@ -72,14 +73,16 @@ def conversation_data(
     num_frames: int | None = None,
     features: str = "online",
     frame_sampling: str = "index",
+    mixture: dict[str, Any] | None = None,
     cache: Remote | dict[str, Any] | None = None,
 ) -> DataModule:
     """Conversations in packed micro-batches, for the stages and for training a language model.
 
     sources: modality -> folders of shards; only `modalities` are used. num_frames: frames of a video, which
     the video encoder decides; raises UserError if it takes another number. features: "online" or "cache", see
-    vllava.features. frame_sampling: "index" or "time", see vllava.data.video. cache: of shards on servers, see
-    vllava.data.patience. See DataModule, ConversationPacker, Preprocess and SampleDecoder for the other settings.
+    vllava.features. frame_sampling: "index" or "time", see vllava.data.video. mixture: how much of each source an epoch
+    holds, see vllava.data.mixture. cache: of shards on servers, see vllava.data.patience. See DataModule,
+    ConversationPacker, Preprocess and SampleDecoder for the other settings.
     """
     if num_frames and "video" in specs and specs["video"].frames != num_frames:
         raise UserError(
@@ -88,12 +91,13 @@ def conversation_data(
         )
     if features not in FEATURES:
         raise UserError(f"data.features={features!r} is not known; there are: {', '.join(FEATURES)}.")
-    if features == "cache" and (servers := [folder for folder in _chosen(sources, modalities) if is_remote(folder)]):
+    chosen = _chosen(sources, modalities)
+    if features == "cache" and (servers := [source.folder for source in chosen if is_remote(source.folder)]):
         raise UserError(
             f"data.features=cache writes beside the shards, and cannot to {shown(servers[0])}: copy them here."
         )
     return DataModule(
-        _chosen(sources, modalities),
+        [source.folder for source in chosen],
         sample_decoder(specs, image_fit, decoder, frame_sampling),
         conversation_packer(specs, tokenizer, template, max_length, token_budget, template_options),
         global_batch,
@@ -102,6 +106,7 @@ def conversation_data(
         workers,
         shuffle_window,
         features == "cache",
+        portions(mixture, chosen),
         remote=_remote(cache),
     )
 
@@ -124,7 +129,7 @@ def caption_data(
 ) -> DataModule:
     """Media with captions, a global batch at a time, for pre-training encoders."""
     return DataModule(
-        _chosen(sources, modalities),
+        [source.folder for source in _chosen(sources, modalities)],
         sample_decoder(specs, image_fit, decoder, frame_sampling),
         CaptionPairs(tokenizer, max_length),
         global_batch,

@@ -43,10 +43,6 @@ class Store:
 
     def __init__(self, settings: Remote) -> None:
         self.settings = settings
-        self._systems: dict[tuple[int, str, str], Any] = {}  # those of other processes stay untouched
-
-    def __getstate__(self) -> dict:
-        return {"settings": self.settings, "_systems": {}}
 
     def state(self, path: RemotePath) -> State:
         """The size of a file and a mark that changes with it, as far as the server says."""
@@ -184,15 +180,20 @@ class Store:
 
     def _system(self, path: RemotePath) -> tuple[Any, str]:
         """The file system of an address, and what that calls the file."""
-        key = (os.getpid(), path.protocol, path.host)
-        if key not in self._systems:
-            options = dict(self.settings.options.get(path.protocol, {}))
-            if path.is_http:  # addresses go out as they are; proxies of the environment, and ~/.netrc
-                options = {"encoded": True, **options}
-                options["client_kwargs"] = {"trust_env": True, **options.get("client_kwargs", {})}
-            self._systems[key] = within(self.settings.seconds, lambda: _connected(path, options))
-        system = self._systems[key]
+        options = dict(self.settings.options.get(path.protocol, {}))
+        if path.is_http:  # addresses go out as they are; proxies of the environment, and ~/.netrc
+            options = {"encoded": True, **options}
+            options["client_kwargs"] = {"trust_env": True, **options.get("client_kwargs", {})}
+        key = (os.getpid(), path.protocol, path.host, repr(options))
+        if key not in _systems:
+            _systems.setdefault(key, within(self.settings.seconds, lambda: _connected(path, options)))
+        system = _systems[key]
         return system, quote(path.url, _IN_URLS) if path.is_http else system._strip_protocol(path.url)
+
+
+# The file systems of a process, kept until it ends, and untouched in those that are forked from it: if one were
+# collected there, fsspec would try to close its connections by the event loop of the other process, and wait for it.
+_systems: dict[tuple[int, str, str, str], Any] = {}
 
 
 def _connected(path: RemotePath, options: dict[str, Any]) -> Any:

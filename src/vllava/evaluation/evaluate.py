@@ -66,7 +66,7 @@ def evaluate(
             blind = answer_all(model, packer, samples, batch_size, max_new_tokens, blind=True)
             parts[name] = summary(found, blind)
             if not seen:
-                rows += sample_rows(samples[:shown], found[:shown], decode.preprocess)
+                rows += sample_rows(samples[:shown], found[:shown])
             seen, unseen = seen + found, unseen + blind
         metrics[medium] = {**summary(seen, unseen), "by_source": parts}
         by_type |= {f"{medium}/{kind}": value for kind, value in types(seen, unseen).items()}
