@@ -70,9 +70,10 @@ class Patience:
         """After an error; longer each time, and as long as a server asks, up to the time limit."""
         seconds, retries = self.settings.seconds, self.settings.retries
         self.failures, self.tries = self.failures + 1, self.tries + 1
-        if isinstance(error, FileNotFoundError):
+        status = _status(error)
+        if isinstance(error, FileNotFoundError) or status in (404, 410):
             raise AbsentUserError(f"{self.path} does not exist ({said(error)}). Check the address.") from None
-        if isinstance(error, PermissionError):
+        if isinstance(error, PermissionError) or status in (401, 403):
             raise AbsentUserError(f"{self.path} cannot be read ({said(error)}). {_ACCESS}") from None
         if is_final(error):
             raise RemoteUserError(f"{self.path} cannot be read ({said(error)}). {_ACCESS}") from None
@@ -94,11 +95,15 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if type(error).__module__ == "builtins" and " " not in text else text
 
 
+def _status(error: Exception) -> int | None:
+    """The status of an HTTP answer behind an error, whichever library raised it."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
 def is_final(error: Exception) -> bool:
     """Whether the same would happen again: a mistake in the address or the settings, or no permission."""
-    answer = getattr(error, "response", None)
-    status = getattr(error, "status", None) or getattr(answer, "status_code", None)
-    if isinstance(status, int):
+    if status := _status(error):
         return 400 <= status < 500 and status not in (408, 425, 429)
     finals = (RefusedError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, TypeError, ValueError)
     return isinstance(error, finals) or type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError")
