@@ -1,10 +1,12 @@
 """Train, or evaluate, one configuration: `python train.py +experiment=stage2`. See conf/ for what can be run."""
 
+import sys
+
 import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
-from vllava.config import register_resolvers
+from vllava.config import check_spelling, register_resolvers
 from vllava.errors import UserError, stop
 from vllava.run import run
 
@@ -25,4 +27,8 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    try:
+        check_spelling(sys.argv[1:])
+    except UserError as error:
+        stop(error)
     main()
