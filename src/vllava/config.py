@@ -85,9 +85,14 @@ def check_spelling(overrides: Iterable[str]) -> None:
 
     Hydra's own message for these does not name the right spelling: it advises to add the wrong one.
     """
+    for override in overrides:
+        found = re.match(rf"[+~]*(data\.(?:(?:{'|'.join(STAGES)})\.)?)(\w+)[.=]", override)
+        near = difflib.get_close_matches(found[2], ("sources", "held_out"), 1, 0.8) if found else []
+        if found and near and near[0] != found[2]:
+            raise UserError(f"Unknown key {found[1]}{found[2]}: did you mean {found[1]}{near[0]}?")
     keys = rf"[+~]*((?:data\.(?:(?:{'|'.join(STAGES)})\.)?sources|data\.held_out|evaluation\.sources|preview))"
     for override in overrides:
-        if found := re.match(rf"{keys}\.(\w+)", override):
+        if found := re.match(rf"{keys}(?:\.|=\{{\s*)(\w+)", override):
             require_modality(found[1], found[2])
         elif (found := re.match(rf"{keys}=(.+)", override)) and not re.match(r"\{|null$|\?", found[2]):
             raise modality_missing(found[1], found[2])
@@ -154,6 +159,9 @@ def settle(cfg: DictConfig) -> None:
                 )
         _settle_preview(cfg, held_out, own, toy.get("preview"))
         _settle_evaluation(cfg, held_out, own, toy.get("evaluation", {}))
+        trained = {folder for sources in named.values() for listed in sources.values() for folder in listed}
+        for folder in [f for asked in _asked(cfg).values() for f in asked.values() if f in trained]:
+            log.warning("%s is evaluated on and trained on: its figures say what was learnt by heart", folder)
 
 
 def _settle_preview(cfg: DictConfig, held_out: Folders, own: bool, toys: dict | None) -> None:
@@ -165,8 +173,7 @@ def _settle_preview(cfg: DictConfig, held_out: Folders, own: bool, toys: dict | 
 
 def _settle_evaluation(cfg: DictConfig, held_out: Folders, own: bool, toys: dict) -> None:
     node = cfg.evaluation
-    asked = questions("evaluation.sources", _plain(node, "sources") if node else None)
-    asked = _of_run(cfg, asked) or _of_run(cfg, questions("data.held_out", held_out))
+    asked = _of_run(cfg, _asked(cfg)) or _of_run(cfg, questions("data.held_out", held_out))
     if not node or "_target_" not in node:
         if not cfg.chain or (own and not asked):
             cfg.evaluation = None
@@ -180,6 +187,10 @@ def _settle_evaluation(cfg: DictConfig, held_out: Folders, own: bool, toys: dict
     else:
         node.sources = None
         _fill(node, toys)
+
+
+def _asked(cfg: DictConfig) -> dict[str, dict[str, str]]:
+    return questions("evaluation.sources", _plain(cfg.evaluation, "sources") if cfg.evaluation else None)
 
 
 def _own_sources(cfg: DictConfig, experiment: str, named: dict[str, Folders]) -> Folders:

@@ -156,10 +156,14 @@ def make(settings: dict[str, Any], gpus: int) -> Plan:
 
     data = settings["data"]
     samples = {k: n for k, n in recipe["samples"].items() if k in data["modalities"] and k in data["sources"]}
-    if unknown := sorted(set(samples) - set(recipe["text_tokens"])) or (not samples and sorted(data["sources"])):
+    if not samples:
+        named = ", ".join(data["sources"])
+        raise UserError(f"The recipe says nothing of how many samples of {named} there are: count them with --shards.")
+    for kind in set(samples) - set(recipe["text_tokens"]):
+        stage = settings["experiment"].removesuffix("_lora")
         raise UserError(
-            f"The recipe of {settings['experiment']} does not say how many tokens the text of a sample of kind "
-            f"{', '.join(unknown)} has: add recipes.…text_tokens and .samples to the model's file in conf/model."
+            f"The recipe says nothing of the tokens that the text of a sample of {kind} has. Give their mean: "
+            f"+recipes.{stage}.text_tokens.{kind}=NUMBER"
         )
     flops = {}
     # A trained weight costs a forward and two backward products; a frozen one, through which gradients pass, one less.

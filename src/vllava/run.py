@@ -160,8 +160,11 @@ def announce(cfg: DictConfig, task: Task, data: Any) -> None:
     """Say in a few lines what is about to be trained, on what."""
     trained = ", ".join(f"{name} {count:,}" for name, count in task.trained.items())
     total = sum(p.numel() for p in task.parameters())
-    steps = f"{data.samples:,} samples, {data.steps_per_epoch} steps of {data.global_batch} per epoch"
+    plural = "s" if data.steps_per_epoch > 1 else ""
+    steps = f"{data.samples:,} samples, {data.steps_per_epoch} step{plural} of {data.global_batch} per epoch"
     print(f"{cfg.experiment} ({cfg.ablation}, seed {cfg.seed}): trains {trained} of {total:,} parameters")
+    if cfg.projector:
+        print(f"starts from {cfg.projector}")
     for kind, folders in cfg.data.sources.items():
         if kind in cfg.data.modalities:
             print(f"{kind}: {', '.join(folders)}")

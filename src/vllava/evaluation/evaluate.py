@@ -132,11 +132,13 @@ def types(found: Sequence[Answer], blind: Sequence[Answer]) -> dict[str, dict]:
 
 def table(metrics: dict) -> str:
     """The figures as a text table, one line for each medium and question type."""
-    lines = [f"{'':28}{'accuracy':>10}{'blind':>8}{'chance':>8}{'n':>6}"]
+    names = [name for medium in KINDS for name in metrics.get(medium, {}).get("by_source", {})]
+    width = max([28, *(len(f"  of these, {name} ") for name in names)])
+    lines = [f"{'':{width}}{'accuracy':>10}{'blind':>8}{'chance':>8}{'n':>6}"]
 
     def add(name: str, row: dict) -> None:
         accuracy, blind, chance = ("-" if row[c] is None else f"{row[c]:.3f}" for c in ("accuracy", "blind", "chance"))
-        lines.append(f"{name:28}{accuracy:>10}{blind:>8}{chance:>8}{row['n']:>6}")
+        lines.append(f"{name:{width}}{accuracy:>10}{blind:>8}{chance:>8}{row['n']:>6}")
 
     for medium in KINDS:
         if medium in metrics:
