@@ -6,9 +6,10 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
-from vllava.config import check_spelling, register_resolvers
+from vllava.config import register_resolvers
 from vllava.errors import UserError, stop
 from vllava.run import run
+from vllava.sources import check_spelling
 
 register_resolvers()
 

@@ -9,7 +9,6 @@ import inspect
 import logging
 import re
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vllava.errors import UserError
-from vllava.sources import REMEDY, folders, modality_missing, questions, require_modality
+from vllava.sources import MODALITIES, REMEDY, STAGES, Folders, check_spelling, folders, questions, united
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +33,11 @@ TOP_LEVEL = {
     "logger", "preview", "evaluation", "toy",
 }
 # fmt: on
-STAGES = ("stage1", "stage2")  # those that may have blocks of their own in `data`
 EVALUATE = "evaluate"  # the experiment of a chain that asks held-out shards
 NAME_HELD_OUT = "Name some that no stage trains on: data.held_out.image=[FOLDER, …]"
 OWN_ANSWERS = 64  # tokens of an answer at most, where evaluation.max_new_tokens leaves it open
 NAME_BYTES = 200  # of a run's folder at most; file systems take 255
 _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
-Folders = dict[str, list[str]]  # by modality
 
 
 def run_name(experiment: str, ablation: str, seed: int, overrides: str = "") -> str:
@@ -78,24 +75,6 @@ def composed(overrides: list[str], conf: str | Path = CONF) -> DictConfig:
         del cfg["hydra"]
     check(cfg)
     return cfg
-
-
-def check_spelling(overrides: Iterable[str]) -> None:
-    """Raises UserError for an override of folders with no modality, or with one that is none.
-
-    Hydra's own message for these does not name the right spelling: it advises to add the wrong one.
-    """
-    for override in overrides:
-        found = re.match(rf"[+~]*(data\.(?:(?:{'|'.join(STAGES)})\.)?)(\w+)[.=]", override)
-        near = difflib.get_close_matches(found[2], ("sources", "held_out"), 1, 0.8) if found else []
-        if found and near and near[0] != found[2]:
-            raise UserError(f"Unknown key {found[1]}{found[2]}: did you mean {found[1]}{near[0]}?")
-    keys = rf"[+~]*((?:data\.(?:(?:{'|'.join(STAGES)})\.)?sources|data\.held_out|evaluation\.sources|preview))"
-    for override in overrides:
-        if found := re.match(rf"{keys}(?:\.|=\{{\s*)(\w+)", override):
-            require_modality(found[1], found[2])
-        elif (found := re.match(rf"{keys}=(.+)", override)) and not re.match(r"\{|null$|\?", found[2]):
-            raise modality_missing(found[1], found[2])
 
 
 def check(cfg: DictConfig) -> None:
@@ -143,7 +122,7 @@ def settle(cfg: DictConfig) -> None:
         own = any(any(sources.values()) for sources in named.values())
         if cfg.chain:
             stages = [name for name in cfg.chain if own and name != EVALUATE]
-            cfg.data.sources = _united([_own_sources(cfg, name, named) for name in stages])
+            cfg.data.sources = united([_own_sources(cfg, name, named) for name in stages])
         else:
             cfg.data.update(_of_stage(cfg.experiment, blocks))
             if own and cfg.experiment != EVALUATE:
@@ -151,12 +130,11 @@ def settle(cfg: DictConfig) -> None:
                 _fill(cfg.data, {"remedy": REMEDY})
             else:
                 _fill(cfg.data, toy.get("data", {}))
-        if not own:
-            for kind in named[""]:
-                raise UserError(
-                    f"data.sources.{kind}=[] names no folder. To leave a modality of the toy world out, name the "
-                    "others: data.modalities=[image, video]"
-                )
+        if not own and named[""]:
+            raise UserError(
+                f"data.sources.{next(iter(named['']))}=[] names no folder. To leave a modality of the toy world out, "
+                "name the others: data.modalities=[image, video]"
+            )
         _settle_preview(cfg, held_out, own, toy.get("preview"))
         _settle_evaluation(cfg, held_out, own, toy.get("evaluation", {}))
         trained = {folder for sources in named.values() for listed in sources.values() for folder in listed}
@@ -233,17 +211,12 @@ def _stage(experiment: str) -> str:
 
 def _modalities(cfg: DictConfig) -> list[str]:
     listed = _plain(cfg.data, "modalities")
-    return [listed] if isinstance(listed, str) else listed
+    return [listed] if isinstance(listed, str) else listed or list(MODALITIES)
 
 
 def _of_run(cfg: DictConfig, named: dict[str, Any]) -> dict[str, Any]:
     """What is named of the modalities that the run takes."""
     return {kind: value for kind, value in named.items() if value and kind in _modalities(cfg)}
-
-
-def _united(sources: list[Folders]) -> Folders:
-    kinds = dict.fromkeys(kind for one in sources for kind in one)
-    return {kind: list(dict.fromkeys(f for one in sources for f in one.get(kind, []))) for kind in kinds}
 
 
 def _fill(node: DictConfig, values: dict) -> None:
