@@ -66,7 +66,7 @@ def evaluate(
             part[0].append(answer)
             part[1].append(without)
             if len(rows[answer.medium]) < shown:
-                rows[answer.medium] += sample_rows([sample], [answer], decode.preprocess)
+                rows[answer.medium] += sample_rows([sample], [answer])
     metrics = figures(asked)
     metrics["seconds"] = round(time.time() - started, 1)
     answers = [answer for parts in asked.values() for found, _ in parts.values() for answer in found]

@@ -50,4 +50,4 @@ class Preview:
             return []
         model = model.to(best_device()).eval()
         answers = answer_all(model, self.packer, self.samples, batch_size=len(self.samples), max_new_tokens=32)
-        return sample_rows(self.samples, answers, self.decode.preprocess)
+        return sample_rows(self.samples, answers)

@@ -10,7 +10,6 @@ from typing import Any
 import jinja2
 
 from vllava.batch import MEDIA_KINDS
-from vllava.data.media import Preprocess
 from vllava.data.samples import Sample
 from vllava.evaluation.answers import Answer, data_uri, pictures
 
@@ -51,7 +50,7 @@ _PAGE = """<!doctype html>
 """
 
 
-def sample_rows(samples: Sequence[Sample], answers: Sequence[Answer], preprocess: Preprocess) -> list[dict[str, Any]]:
+def sample_rows(samples: Sequence[Sample], answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """What the report shows of each sample: its pictures as data URIs, question, answer and truth."""
     return [
         {
@@ -61,7 +60,7 @@ def sample_rows(samples: Sequence[Sample], answers: Sequence[Answer], preprocess
             "answer": answer.answer,
             "truth": answer.truth,
             "correct": answer.correct if answer.scored else None,
-            "pictures": [data_uri(picture) for picture in pictures(sample, preprocess)],
+            "pictures": [data_uri(picture) for picture in pictures(sample)],
         }
         for sample, answer in zip(samples, answers, strict=True)
     ]
