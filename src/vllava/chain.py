@@ -14,10 +14,11 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from vllava.config import EVALUATE, NAME_HELD_OUT, run_name
+from vllava.config import run_name
 from vllava.data.shards import read_sources
 from vllava.data.writing import write_json
 from vllava.errors import UserError
+from vllava.settle import EVALUATE, NAME_HELD_OUT
 from vllava.sources import REMEDY
 
 CHAIN = "unfinished.json"  # in a chain's folder while it is: what is done
