@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "evaluation": {"batch", "errors", "folders", "conversation", "data", "model"},
 }
 HYDRA = {"hydra", "omegaconf"}
-MAY_USE_HYDRA = {"chain.py", "config.py", "plan.py", "run.py"}
+MAY_USE_HYDRA = {"chain.py", "config.py", "plan.py", "run.py", "settle.py"}
 
 
 def imported_modules(code, package="vllava"):

@@ -154,6 +154,8 @@ def test_evaluations_and_plans_read_servers_too(server, root, remote, monkeypatc
     samples = list(read_samples(f"{server.url}/images", sample_decoder(SPECS), REMEDY))
     assert [sample.key for sample in samples] == [f"image{i}" for i in range(10)]
     assert list(tmp_path.glob(".cache/vllava/shards/*.copy"))
+    samples = read_samples(f"{server.url}/texts", sample_decoder(SPECS), REMEDY, remote=Remote(**remote(gigabytes=0)))
+    assert [sample.key for sample in samples] == [f"text{i}" for i in range(4)]
     data = {"sources": {"text": [f"{server.url}/texts"]}, "modalities": ["text"], "remedy": "", "cache": remote()}
     assert counted(data) == {"text": 4}
 
@@ -232,7 +234,7 @@ def test_a_server_that_fails_ends_the_run_and_breaks_no_sample(workers, gigabyte
     server.always = "stall"
     began = time.monotonic()
     said = failure(lambda: list(loader if not gigabytes else data.train_dataloader()))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 10
     assert said.startswith(server.url) and "tried 2 times" in said
 
 

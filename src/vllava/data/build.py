@@ -107,7 +107,7 @@ def conversation_data(
         shuffle_window,
         features == "cache",
         portions(mixture, chosen),
-        remote=_remote(cache),
+        remote=Remote.of(cache),
     )
 
 
@@ -137,9 +137,5 @@ def caption_data(
         remedy,
         workers,
         shuffle_window,
-        remote=_remote(cache),
+        remote=Remote.of(cache),
     )
-
-
-def _remote(cache: Remote | dict[str, Any] | None) -> Remote:
-    return cache if isinstance(cache, Remote) else Remote(**cache or {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,31 @@ class Remote:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not least <= value <= 1e9 or (name == "retries" and value != int(value)):
                 raise UserError(f"data.cache.{name}={value!r} is not a number such as {getattr(Remote, name):g}.")
-        if not isinstance(self.options, dict) or not all(isinstance(one, dict) for one in self.options.values()):
+        if not isinstance(self.options, Mapping) or not all(isinstance(one, Mapping) for one in self.options.values()):
             raise UserError("data.cache.options holds options by protocol: data.cache.options.s3.endpoint_url=…")
         if not isinstance(self.folder, (str, os.PathLike)) or not str(self.folder) or "\0" in str(self.folder):
             raise UserError(f"data.cache.folder={self.folder!r} is not the path of a folder.")
+
+        object.__setattr__(self, "options", _plain(self.options))
+
+    @classmethod
+    def of(cls, settings: Remote | Mapping[str, Any] | None) -> Remote:
+        """The settings of a configuration's node; the defaults for none."""
+        return settings if isinstance(settings, Remote) else cls(**settings or {})
 
     @property
     def path(self) -> Path:
         """The folder of the copies."""
         return Path(self.folder).expanduser()
+
+
+def _plain(node: Any) -> Any:
+    """A configuration's node as dictionaries and lists, which libraries take."""
+    if isinstance(node, Mapping):
+        return {str(key): _plain(value) for key, value in node.items()}
+    return (
+        [_plain(value) for value in node] if isinstance(node, Sequence) and not isinstance(node, (str, bytes)) else node
+    )
 
 
 class Patience:
