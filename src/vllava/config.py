@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vllava.errors import UserError, require_known
 from vllava.settle import settle
-from vllava.sources import STAGES, check_spelling
+from vllava.sources import check_spelling
 
 CONF = Path(__file__).parents[2] / "conf"
 # fmt: off
@@ -111,9 +111,7 @@ def _check_node(where: str, node: Any) -> None:
     parameters = _parameters(target)
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        require_known(
-            where, set(node) - _HYDRA_KEYS, set(parameters) | ({*STAGES, "held_out"} if where == "data" else set())
-        )
+        require_known(where, set(node) - _HYDRA_KEYS, set(parameters))
     for key, value in node.items():
         hint = next((h for h in typing.get_args(hints.get(key)) if dataclasses.is_dataclass(h)), hints.get(key))
         if dataclasses.is_dataclass(hint) and isinstance(value, dict):
