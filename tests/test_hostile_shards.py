@@ -12,7 +12,8 @@ from hostile_shards import ACCEPTED, END, GOOD, MANIFESTS, ONE, RECORD, REFUSED,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllava.data.shards import SAMPLE_BYTES, Shard, ShardReader, read_manifest, read_sources, split_name
+from vllava.data.index import SAMPLE_BYTES, split_name
+from vllava.data.shards import Shard, ShardReader, read_manifest, read_sources
 from vllava.data.tar import members
 from vllava.errors import UserError
 

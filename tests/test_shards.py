@@ -25,7 +25,8 @@ from data_prep.shards import modality, write_shard
 from vllava.batch import MediumSpec
 from vllava.data.build import sample_decoder
 from vllava.data.media import Preprocess
-from vllava.data.shards import Shard, ShardReader, epoch_order, read_manifest
+from vllava.data.order import epoch_order
+from vllava.data.shards import Shard, ShardReader, read_manifest
 from vllava.data.writing import write_tar as write_members
 from vllava.errors import UserError
 
@@ -265,7 +266,7 @@ def test_an_interrupted_writer_leaves_nothing_and_an_older_shard_whole(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         write_members(tmp_path / "0.tar", samples())
     assert read_all([Shard(tmp_path / "0.tar", 1)]) == [("a", {"json": b"old"})]
-    assert [path.name for path in tmp_path.iterdir()] == ["0.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.tar", "0.tar.index"]
 
 
 def test_too_few_prepared_frames_are_an_error():
@@ -391,6 +392,7 @@ def test_a_count_that_disagrees_with_the_tar_is_an_error(source, claimed):
 
 def test_a_file_that_is_no_tar_is_an_error(source):
     (source / "00000.tar").write_bytes(b"no tar at all" * 200)
+    (source / "00000.tar.index").unlink()
     write_plain_manifest(source, {"00000.tar": 4})
     with pytest.raises(UserError, match=r"00000.tar cannot be read as a tar file"):
         read_all(read_manifest(source, REMEDY))

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vllava.batch import Step
 from vllava.data.broken import trace, why
+from vllava.data.order import epoch_order
 from vllava.data.samples import Sample
-from vllava.data.shards import Shard, ShardReader, epoch_order, read_sources
+from vllava.data.shards import Shard, ShardReader, read_sources
 from vllava.errors import UserError
 
 Decoder = Callable[[str, dict[str, bytes]], Sample]  # a key and its members by extension, to a sample

@@ -61,6 +61,27 @@ def take(data: bytes, choose: Choice, seconds: float) -> Taken:
     return packets.planned(data, choose, deadline) or _through(data, choose, packets.guess(choose), deadline)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A video before it is decoded, as its packets tell: frames as they are stored, and seconds in all."""
+
+    width: int
+    height: int
+    frames: int
+    seconds: float
+
+
+def measure(data: bytes, seconds: float = 120.0) -> Measured:
+    """The size of a video, without decoding it, within `seconds`; raises UserError for what is no video or is damaged.
+
+    Where packets are not frames, the number of frames is that of packets.
+    """
+    with opened(data, Deadline(seconds)) as video:
+        context = video.stream.codec_context
+        packets = _Packets(video)
+        return Measured(context.width, context.height, len(packets.order), packets.line.duration)
+
+
 class _Packets:
     """What a video's packets say, in the order of the file."""
 

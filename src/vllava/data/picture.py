@@ -11,6 +11,8 @@ import io
 import re
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -40,13 +42,29 @@ BAND = 256  # rows that are brought to 8 bits at a time
 
 def decode_image(data: bytes) -> Image.Image:
     """An image file as RGB, upright, on white; raises UserError of one line if it cannot be read or is too large."""
+    with _format_of(data) as name:
+        return _decode(data, name)
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an image file, upright, from its head; raises UserError if it is no image."""
+    with _format_of(data) as name:
+        image = FORMATS[name][1](data)
+        width, height = image.size
+        check_size(width, height)
+        return (height, width) if _orientation(image) > 4 else (width, height)
+
+
+@contextmanager
+def _format_of(data: bytes) -> Iterator[str]:
+    """The format of an image file; whatever goes wrong with the file inside becomes a UserError."""
     name = next((name for name, (start, _) in FORMATS.items() if re.match(start, data, re.DOTALL)), None)
     if name is None:
         raise UserError(f"unreadable image (of no known format; known are {', '.join(FORMATS)})")
     try:
         with warnings.catch_warnings():  # Pillow's remarks on metadata and sizes: not for the screen, nor errors
             warnings.simplefilter("ignore")
-            return _decode(data, name)
+            yield name
     except UserError:
         raise
     except Exception as error:  # whatever a library raises at a damaged file

@@ -1,37 +1,32 @@
-"""WebDataset shards on disk: the manifest, random access to single samples, and the order of an epoch."""
+"""WebDataset shards on disk: the manifest, and random access to single samples."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
-import sys
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
-from vllava.data.tar import BLOCK, CONTROL, members
+from vllava.data.index import SAMPLE_BYTES, SHARD_SAMPLES, Entry, Facts, index_path, read_index, scan, with_facts
+from vllava.data.tar import BLOCK, CONTROL
 from vllava.errors import UserError, reading, reason
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 1 << 24  # of a manifest at most, about 80,000 shards
-SHARD_SAMPLES = 1_000_000  # of a shard at most: its index and the epoch's order are kept in memory
-SAMPLE_MEMBERS = 100_000  # files of a sample at most
-SAMPLE_BYTES = 1 << 29  # of a sample's files at most: a worker holds several in memory
-
-Index = list[tuple[str, dict[str, tuple[int, int]]]]  # of each sample its key, and by extension (offset, size)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file and its number of samples."""
+    """One tar file and its number of samples; `source` counts the folders of a run, from 0."""
 
     path: Path
     samples: int
+    source: int = 0
 
 
 def read_manifest(folder: str | Path, remedy: str) -> list[Shard]:
@@ -48,7 +43,7 @@ def read_manifest(folder: str | Path, remedy: str) -> list[Shard]:
             what = "is not a file" if path.exists() else "does not exist"
             raise UserError(f"No shards at {folder}: {path} {what}. {remedy}")
         try:
-            shards = [_listed(folder, entry) for entry in _entries(path)]
+            shards = [_listed(folder, entry) for entry in _listing(path)]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(f"{path} is not a shard manifest ({reason(error)}). {remedy}") from error
         if not any(shard.samples for shard, _ in shards):
@@ -61,7 +56,11 @@ def read_manifest(folder: str | Path, remedy: str) -> list[Shard]:
 
 def read_sources(folders: Sequence[str | Path], remedy: str) -> list[Shard]:
     """The shards of several folders; raises UserError where one file is among them twice, by whatever names."""
-    shards = [shard for folder in folders for shard in read_manifest(folder, remedy)]
+    shards = [
+        replace(shard, source=number)
+        for number, folder in enumerate(folders)
+        for shard in read_manifest(folder, remedy)
+    ]
     _require_distinct(shards)
     return shards
 
@@ -72,7 +71,7 @@ def _folder(folder: Any) -> Path:
     return Path(folder)
 
 
-def _entries(path: Path) -> list:
+def _listing(path: Path) -> list:
     if path.stat().st_size > MANIFEST_BYTES:
         raise ValueError(f"{path.stat().st_size} bytes; a manifest has at most {MANIFEST_BYTES}")
     manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -140,120 +139,94 @@ def _require_distinct(shards: Sequence[Shard]) -> None:
             )
 
 
-def epoch_order(shards: list[Shard], seed: int, epoch: int, window: int) -> np.ndarray:
-    """The order in which an epoch visits samples [sum of samples, 2]: rows of (shard index, index in the shard).
-
-    Shards are shuffled, taken `window` at a time, and the samples of a window are shuffled together: every
-    sample comes exactly once, a batch mixes the sources, and only `window` shards are being read at any time.
-    The order depends on nothing but the arguments, so it is the same for any number of workers and ranks.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    shuffled = rng.permutation(len(shards))
-    parts = []
-    for start in range(0, len(shards), window):
-        chosen = shuffled[start : start + window]
-        counts = [shards[i].samples for i in chosen]
-        rows = np.stack([np.repeat(chosen, counts), np.concatenate([np.arange(count) for count in counts])], axis=1)
-        parts.append(rng.permutation(rows))
-    return np.concatenate(parts)
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """The key and the extension of a member, which the first dot of the file's own name parts; as webdataset does.
-
-    None for a name that belongs to no sample: a file without a dot, or a hidden one.
-    """
-    folder, slash, file = name.rpartition("/")
-    stem, dot, extension = file.partition(".")
-    return (folder + slash + stem, extension) if stem and dot else None
-
-
 class ShardReader:
     """Reads single samples out of tar shards; keeps the `capacity` shards used last open.
 
-    Members are read by offset and never unpickled or written anywhere, and no shard name reaches a shell: a member
-    called `/etc/x` or `../x` is but a key.
+    Members are found by the index beside a shard, or else by its headers. They are read by offset and never unpickled
+    or written anywhere, and no shard name reaches a shell: a member called `/etc/x` or `../x` is but a key.
     """
 
     def __init__(self, shards: list[Shard], capacity: int) -> None:
         self.shards = shards
         self.capacity = capacity
-        self._open: OrderedDict[int, tuple[BinaryIO, Index]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[BinaryIO, list[Entry]]] = OrderedDict()
 
     def key(self, shard: int, index: int) -> str:
         """The key of a sample; raises UserError where the shard as a whole cannot be read."""
-        return self._shard(shard)[1][index][0]
+        return self._shard(shard)[1][index].key
 
     def read(self, shard: int, index: int, only: Sequence[str] | None = None) -> tuple[str, dict[str, bytes]]:
         """The key of a sample and its members by extension (what follows the key and a dot), or `only` these.
 
-        Raises UserError where the shard cannot be read, or the sample is larger than a worker can hold.
+        Raises UserError where the shard cannot be read, the sample is larger than a worker can hold, or is not the one
+        that the index speaks of.
         """
-        file, samples = self._shard(shard)
-        key, places = samples[index]
+        file, entries = self._shard(shard)
+        key, places, _ = entries[index]
         wanted = {name: place for name, place in places.items() if only is None or name in only}
-        total = sum(size for _, size in wanted.values())
+        total = sum(place.size for place in wanted.values())
         if total > SAMPLE_BYTES:
             raise UserError(f"its files have {total} bytes; a sample may have at most {SAMPLE_BYTES}")
         content = {}
         with reading("the sample"):
-            for extension, (offset, size) in wanted.items():
-                file.seek(offset)
-                content[extension] = file.read(size)
-                if len(content[extension]) < size:
+            for extension, place in wanted.items():
+                file.seek(place.offset)
+                content[extension] = file.read(place.size)
+                if len(content[extension]) < place.size:
                     raise UserError("the shard has become shorter since it was opened")
+                if place.crc is not None and zlib.crc32(content[extension]) != place.crc:
+                    raise UserError(f"the bytes of {extension!r} are not those that the shard's index speaks of")
         return key, content
 
-    def _shard(self, shard: int) -> tuple[BinaryIO, Index]:
+    def facts(self, shard: int) -> list[Facts]:
+        """What is known of a shard's samples before they are decoded: from its index, or else from their records."""
+        file, entries = self._shard(shard)
+        if any(entry.facts is None for entry in entries):
+            with reading(self.shards[shard].path, "Make this shard again."):
+                entries = list(with_facts(entries, file, probe=False))
+            self._open[shard] = file, entries
+        return [entry.facts or Facts() for entry in entries]
+
+    def _shard(self, shard: int) -> tuple[BinaryIO, list[Entry]]:
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
-            self._open[shard] = self._scan(self.shards[shard])
+            self._open[shard] = _opened(self.shards[shard])
             if len(self._open) > self.capacity:
                 self._open.popitem(last=False)[1][0].close()
         return self._open[shard]
-
-    @staticmethod
-    def _scan(shard: Shard) -> tuple[BinaryIO, Index]:
-        """Open a shard and list its samples from the tar headers alone."""
-        file = None
-        try:
-            file = open(shard.path, "rb")  # noqa: SIM115
-            return file, _index(shard, file)
-        except Exception as error:
-            if file:
-                file.close()
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{shard.path} cannot be read as a tar file ({reason(error)}). Make this shard again."
-            ) from error
 
     def __getstate__(self) -> dict:
         return {"shards": self.shards, "capacity": self.capacity, "_open": OrderedDict()}  # open files do not travel
 
 
-def _index(shard: Shard, file: BinaryIO) -> Index:
-    """The samples of a shard; raises UserError if they are not as many as the manifest says."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    others: list[str] = []  # names that belong to no sample
-    for member in members(file, os.fstat(file.fileno()).st_size):
-        parts = split_name(member.name)
-        if parts is None:
-            others = [*others, member.name][:3]
-            continue
-        key, extension = parts
-        places = samples.setdefault(key, {})
-        if extension in places:
-            raise ValueError(f"it holds two files {member.name}")
-        if len(places) == SAMPLE_MEMBERS:
-            raise ValueError(f"it holds more than {SAMPLE_MEMBERS} files of the key {key}")
-        if len(samples) > 2 * shard.samples + 1000:  # no need to count on
-            raise _miscounted(shard, f"more than {len(samples) - 1}", others)
-        places[sys.intern(extension)] = (member.offset, member.size)
-    if len(samples) != shard.samples:
-        raise _miscounted(shard, str(len(samples)), others)
-    return list(samples.items())
+def _opened(shard: Shard) -> tuple[BinaryIO, list[Entry]]:
+    """A shard's file and its samples; raises UserError where it cannot be read or they are not as many as announced."""
+    file = None
+    try:
+        file = open(shard.path, "rb")  # noqa: SIM115
+        return file, _entries_of(shard, file)
+    except Exception as error:
+        if file:
+            file.close()
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{shard.path} cannot be read as a tar file ({reason(error)}). Make this shard again."
+        ) from error
+
+
+def _entries_of(shard: Shard, file: BinaryIO) -> list[Entry]:
+    size, index = os.fstat(file.fileno()).st_size, index_path(Path(shard.path))
+    others: list[str] = []
+    if index.is_file():
+        entries, most = read_index(index, size), SHARD_SAMPLES
+    else:
+        most = 2 * shard.samples + 1000  # no need to count on
+        entries, others = scan(file, size, most)
+    if len(entries) != shard.samples:
+        raise _miscounted(shard, str(len(entries)) if len(entries) <= most else f"more than {most}", others)
+    return entries
 
 
 def _miscounted(shard: Shard, found: str, others: list[str]) -> UserError:

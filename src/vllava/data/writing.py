@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,40 +15,49 @@ from uuid import uuid4
 
 import webdataset
 
-from vllava.data.record import parse
-from vllava.data.shards import MANIFEST, SAMPLE_BYTES, SAMPLE_MEMBERS, split_name
+from vllava.data.index import (
+    SAMPLE_BYTES,
+    SAMPLE_MEMBERS,
+    Facts,
+    facts_of,
+    index_path,
+    scan,
+    split_name,
+    with_facts,
+    write_index,
+)
+from vllava.data.shards import MANIFEST
 from vllava.data.tar import CONTROL, NAME_LIMIT
-from vllava.errors import UserError
+from vllava.errors import UserError, reading
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> dict:
-    """Write one shard from (key, members by extension) and return its manifest entry.
+    """Write one shard from (key, members by extension), its index beside it, and return its manifest entry.
 
     Members carry no time and no owner, so equal samples give equal bytes. The file appears whole or not at all.
     Raises UserError, which names the key, for what would not be read again as it was given: a key that is empty, has a
     dot or comes twice, an extension that is none, a member that is not bytes.
     """
-    kinds: Counter[str] = Counter()
-    seen: set[str] = set()
-    with _appearing(path) as unfinished:
+    facts: dict[str, Facts] = {}
+    sums: dict[str, dict[str, int]] = {}
+    with _appearing(path) as unfinished, _appearing(index_path(path)) as index:
         with webdataset.TarWriter(str(unfinished), encoder=False, mtime=0, user="vllava", group="vllava") as tar:
             for key, members in samples:
-                content = _checked(key, members, seen)
+                content = _checked(key, members, facts)
                 tar.write({"__key__": key, **content})
-                kinds[modality(content)] += 1
+                facts[key] = facts_of(content)
+                sums[key] = {name: zlib.crc32(data) for name, data in content.items()}
+        size = unfinished.stat().st_size
+        with open(unfinished, "rb") as file:
+            entries = [entry.with_facts(facts[entry.key], sums[entry.key]) for entry in scan(file, size)[0]]
+        write_index(index, path.name, size, entries)
         checksum = sha256_of(unfinished)
-    return {
-        "name": path.name,
-        "samples": sum(kinds.values()),
-        "modalities": dict(sorted(kinds.items())),
-        "bytes": path.stat().st_size,
-        "sha256": checksum,
-    }
+    return _listed(path.name, facts.values(), size, checksum)
 
 
-def _checked(key: Any, members: dict, seen: set[str]) -> dict[str, bytes]:
+def _checked(key: Any, members: dict, seen: Container[str]) -> dict[str, bytes]:
     """The members of a sample as bytes; raises UserError for what would not be read again as it was given."""
     file = key.rpartition("/")[2] if isinstance(key, str) else ""
     if not file or "." in file or not _is_name(key):
@@ -57,7 +67,6 @@ def _checked(key: Any, members: dict, seen: set[str]) -> dict[str, bytes]:
         )
     if key in seen:
         raise UserError(f"The key {key!r} comes twice: give every sample of a shard a key of its own.")
-    seen.add(key)
     if not members:
         raise UserError(f"The sample {key!r} has no files: it would be lost.")
     for extension, data in members.items():
@@ -106,13 +115,37 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def index_shard(shard: Path, folder: Path) -> tuple[dict, dict[str, int]]:
+    """Write the index of a shard that somebody made.
+
+    Returns its entry for the manifest of `folder`, and how often each reason makes something no sample. Raises
+    UserError where it is no tar file.
+    """
+    with reading(shard, "Make this shard again."), open(shard, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        entries = list(with_facts(scan(file, size)[0], file, probe=True))
+    with _appearing(index_path(shard)) as unfinished:
+        write_index(unfinished, shard.name, size, entries)
+    facts = [entry.facts for entry in entries if entry.facts]
+    reasons = Counter(fact.broken for fact in facts if fact.broken is not None)
+    return _listed(shard.relative_to(folder).as_posix(), facts, size, sha256_of(shard)), dict(reasons)
+
+
+def _listed(name: str, facts: Collection[Facts], size: int, checksum: str) -> dict:
+    """A shard's entry in a manifest."""
+    kinds = Counter(fact.modality for fact in facts)
+    return {
+        "name": name,
+        "samples": len(facts),
+        "modalities": dict(sorted(kinds.items())),
+        "bytes": size,
+        "sha256": checksum,
+    }
+
+
 def modality(members: dict[str, bytes]) -> str:
     """'image', 'video', 'mixed' or 'text', by the media of a sample; 'unreadable' if it is none."""
-    try:
-        kinds = sorted(set(parse(members).kinds))
-    except UserError:
-        return "unreadable"
-    return {0: "text", 1: kinds[0] if kinds else "text"}.get(len(kinds), "mixed")
+    return facts_of(members, probe=False).modality
 
 
 def write_manifest(folder: Path, shards: list[dict], settings: dict) -> None:
