@@ -20,8 +20,8 @@ from data_prep.media import Loaded, MediaSettings, load, measure
 from data_prep.rows import Draft, MediaRef, draft
 from data_prep.shards import members
 from vllava.data.broken import printable, why
+from vllava.data.index import SAMPLE_BYTES, SAMPLE_MEMBERS, index_path
 from vllava.data.record import parse
-from vllava.data.shards import SAMPLE_BYTES, SAMPLE_MEMBERS
 from vllava.data.tar import BLOCK
 from vllava.data.writing import write_json, write_tar
 from vllava.errors import UserError, reason
@@ -147,7 +147,7 @@ def _write(path: Path, block: Block, dataset: Dataset, settings: MediaSettings) 
     if outcome.modalities["unreadable"]:  # rare, as drafts are checked: only then is each sample tried first
         outcome = shard(parse)
     if outcome.shard is None:
-        for left in (path, path.with_name(f"{path.name}.index")):
+        for left in (path, index_path(path)):
             left.unlink(missing_ok=True)
     return outcome
 

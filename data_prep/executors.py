@@ -1,4 +1,4 @@
-"""Who works on the blocks: processes of this machine, or a Ray cluster. The same function for each block, either way."""
+"""Who works on the blocks: processes of this machine, or a Ray cluster; the same function for each block."""
 
 from __future__ import annotations
 
@@ -141,7 +141,8 @@ class RayCluster:
         import ray
         from ray.exceptions import RayError
 
-        call, known = ray.remote(_call), ray.put(function)
+        call: Any = ray.remote(_call)
+        known = ray.put(function)
         workers = min(int(ray.cluster_resources().get("CPU", 1)), self.processes or sys.maxsize) or 1
         running: list[Any] = []
         try:

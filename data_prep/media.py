@@ -16,8 +16,8 @@ from PIL import Image
 
 from data_prep.rows import MediaRef
 from vllava.data.frames import take
+from vllava.data.index import SAMPLE_BYTES
 from vllava.data.picture import FORMATS, decode_image
-from vllava.data.shards import SAMPLE_BYTES
 from vllava.data.video import frames_by_index, video_decoder
 from vllava.errors import UserError
 
@@ -31,9 +31,7 @@ BYTES_PER_PIXEL = 0.2  # of such files, about: for estimates alone
 # The extensions of files that may be meant where the named one is not there, the most usual ones first.
 EXTENSIONS = {
     "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif"),
-    "video": (
-        *("mp4", "mkv", "webm", "avi", "mov", "m4v", "gif", "flv", "3gp", "mpg", "mpeg", "wmv", "ts", "ogv"),
-    ),
+    "video": (*("mp4", "mkv", "webm", "avi", "mov", "m4v", "gif", "flv", "3gp", "mpg", "mpeg", "wmv", "ts", "ogv"),),
 }
 _EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WebP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 # How video files begin. Of those that begin otherwise, the name has to tell what they are.
@@ -130,7 +128,7 @@ def find(path: Path, kind: str) -> tuple[Path, int]:
     """
     found = _plain(path)
     if found is None:
-        others = {}
+        others: dict[tuple[int, int], tuple[Path, os.stat_result]] = {}
         for candidate in _candidates(path, kind):
             if (other := _plain(candidate)) is not None:
                 others.setdefault((other.st_dev, other.st_ino), (candidate, other))  # a disk may ignore the case

@@ -19,12 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from tqdm import tqdm
-
-from data_prep.annotations import Dataset, annotation_files, count, read_dataset
+from data_prep.annotations import Dataset, annotation_files, read_dataset
 from data_prep.blocks import STATE, Block, Outcome, blocks, look_at_block, make_block, read_outcome
 from data_prep.executors import Executor, LocalProcesses, RayCluster
 from data_prep.media import CHECKS, VIDEOS, MediaSettings
+from data_prep.progress import Progress, rows_about
 from data_prep.summary import Ids, Tally
 from data_prep.workplace import MADE_BY, REJECTS, close, described, fingerprints, known_settings, parts, workplace
 from vllava.data.shards import read_manifest
@@ -39,7 +38,7 @@ class Preparation:
     """What is to be made of a data set: all that its shards depend on."""
 
     dataset: Dataset
-    media: MediaSettings = MediaSettings()
+    media: MediaSettings
     rows_per_shard: int = 512
     held_out: float = 0.0  # the share of rows that go into shards of their own
 
@@ -63,42 +62,17 @@ class Preparation:
         }
 
 
-class Progress:
-    """A bar that counts rows, with rows a second and the time that is left where the number of rows is known."""
-
-    def __init__(self, total: int | None, shown: bool = True) -> None:
-        interval = 0.5 if sys.stderr.isatty() else 30
-        self.bar = tqdm(total=total, unit="row", disable=not shown, mininterval=interval, dynamic_ncols=True)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def add(self, rows: int, done_before: bool = False) -> None:
-        if done_before:  # which is no measure of speed
-            self.bar.initial += rows
-        self.bar.update(rows)
-
-
 def look(preparation: Preparation, executor: Executor, shown: bool = True) -> dict[str, Tally]:
     """A dry run: what `prepare` would write and reject, of each part."""
     dataset = preparation.dataset
     tallies = {part: Tally() for part in parts(preparation.held_out)}
     ids = {part: Ids() for part in tallies}
-    order: dict[int, str] = {}
-
-    def numbered() -> Iterator[Block]:
-        for block in blocks(dataset, preparation.rows_per_shard, preparation.held_out):
-            yield block
-
-    with executor, Progress(count(dataset), shown) as progress:
-        for part, outcome in executor.run(partial(_look, dataset, preparation.media), numbered()):
+    todo = blocks(dataset, preparation.rows_per_shard, preparation.held_out)
+    with executor, Progress(rows_about(dataset), shown) as progress:
+        for part, outcome in executor.run(partial(_look, dataset, preparation.media), todo):
             tallies[part].add(outcome)
             ids[part].add(outcome.ids)
             progress.add(outcome.rows)
-    del order
     for part, tally in tallies.items():
         tally.repeated = ids[part].repeated()
     return tallies
@@ -108,9 +82,7 @@ def _look(dataset: Dataset, media: MediaSettings, block: Block) -> tuple[str, Ou
     return block.part, look_at_block(dataset, media, block)
 
 
-def prepare(
-    preparation: Preparation, out: Path, executor: Executor, shown: bool = True
-) -> dict[str, Tally] | None:
+def prepare(preparation: Preparation, out: Path, executor: Executor, shown: bool = True) -> dict[str, Tally] | None:
     """Write the shards of a data set into a folder; None if that is done already.
 
     Raises UserError for a folder that is not ours to write or in use, annotations that cannot be read, or a data set
@@ -141,9 +113,9 @@ def _make(preparation: Preparation, out: Path, executor: Executor, shown: bool) 
             if read_outcome(out, block.part, block.name) is None:
                 yield block
             else:
-                progress.add(len(block.rows), done_before=True)
+                progress.add(len(block.rows), before=True)
 
-    with executor, Progress(count(dataset), shown) as progress:
+    with executor, Progress(rows_about(dataset), shown) as progress:
         for outcome in executor.run(partial(make_block, out, dataset, preparation.media), missing()):
             progress.add(outcome.rows)
     return handed_out

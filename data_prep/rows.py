@@ -14,7 +14,9 @@ class MediaRef:
     """A medium as a row names it: a path or the bytes themselves."""
 
     kind: str  # image | video
-    path: Path | None  # as named, under the data set's folder; may lack its extension, or have another or upper-case one
+    path: (
+        Path | None
+    )  # as named, under the data set's folder; may lack its extension, or have another or upper-case one
     data: bytes | None
     name: str  # for messages: the name in the row, or "image 1 of the row" for bytes
 

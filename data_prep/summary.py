@@ -7,6 +7,7 @@ import json
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -88,7 +89,7 @@ class Tally:
             f"{self.rejected:,} rows {rejected}{':' if self.rejected else ''}",
         ]
         for reason, kind in sorted(self.reasons.items(), key=lambda item: (-item[1].count, item[0])):
-            lines.append(f"  {kind.count:,} × {reason}")
+            lines.append(f"  {kind.count:,} x {reason}")
             lines += [f"      {_example(reject)}" for reject in kind.examples]
         if self.repeated.get("ids"):
             names = ", ".join(self.repeated["examples"])
@@ -116,8 +117,8 @@ class Ids:
     """Which ids come more than once, in bounded memory: they are kept in two temporary files."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._hashes = tempfile.TemporaryFile(dir=folder)
-        self._texts = tempfile.TemporaryFile("w+", encoding="utf-8", dir=folder)
+        self._hashes = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._texts = tempfile.TemporaryFile("w+", encoding="utf-8", dir=folder)  # noqa: SIM115
         self.total = 0
 
     def add(self, ids: list[str]) -> None:
@@ -140,7 +141,7 @@ class Ids:
             some = sorted([*some, *again[:EXAMPLES].tolist()])[:EXAMPLES]
         return {"ids": ids, "rows": rows, "examples": self._named(some)}
 
-    def _parts(self):
+    def _parts(self) -> Iterator[np.ndarray]:
         self._hashes.seek(0)
         while part := self._hashes.read(_AT_ONCE):
             yield np.frombuffer(part, np.uint64)

@@ -1,4 +1,4 @@
-"""The folder of a preparation: whose it is, whether another one is at work in it, and what was finished in it before."""
+"""The folder of a preparation: whose it is, whether another one is at work there, what was finished before."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> di
     """
     facts: dict[str, Facts] = {}
     sums: dict[str, dict[str, int]] = {}
-    with _appearing(path) as unfinished, _appearing(index_path(path)) as index:
+    with appearing(path) as unfinished, appearing(index_path(path)) as index:
         with webdataset.TarWriter(str(unfinished), encoder=False, mtime=0, user="vllava", group="vllava") as tar:
             for key, members in samples:
                 content = _checked(key, members, facts)
@@ -96,7 +96,7 @@ def _is_name(name: str) -> bool:
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
+def appearing(path: Path) -> Iterator[Path]:
     """Where to write what becomes `path` when it is whole; several processes and machines may do so at once."""
     unfinished = path.with_name(f"{path.name}.{uuid4().hex[:12]}.part")
     try:
@@ -124,7 +124,7 @@ def index_shard(shard: Path, folder: Path) -> tuple[dict, dict[str, int]]:
     with reading(shard, "Make this shard again."), open(shard, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         entries = list(with_facts(scan(file, size)[0], file, probe=True))
-    with _appearing(index_path(shard)) as unfinished:
+    with appearing(index_path(shard)) as unfinished:
         write_index(unfinished, shard.name, size, entries)
     facts = [entry.facts for entry in entries if entry.facts]
     reasons = Counter(fact.broken for fact in facts if fact.broken is not None)
@@ -155,5 +155,5 @@ def write_manifest(folder: Path, shards: list[dict], settings: dict) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file that appears whole or not at all."""
-    with _appearing(path) as unfinished:
+    with appearing(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
