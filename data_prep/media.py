@@ -26,7 +26,7 @@ VIDEOS = ("files", "frames")
 MAX_FRAMES = 5_000  # of a video, as pictures
 BATCH = 32  # frames that are decoded and in memory at a time, in the video's own size
 QUALITY = 90  # of frames' JPEG files
-BYTES_PER_PIXEL = 0.2  # of such files, about: for estimates alone
+BYTES_PER_PIXEL = 0.25  # of such files, about: for estimates alone
 
 # The extensions of files that may be meant where the named one is not there, the most usual ones first.
 EXTENSIONS = {

@@ -23,9 +23,7 @@ class Progress:
 
     def __init__(self, total: int | None, shown: bool = True) -> None:
         interval = 0.5 if sys.stderr.isatty() else 30
-        self.bar = tqdm(
-            total=total, unit=" rows", unit_scale=True, disable=not shown, mininterval=interval, dynamic_ncols=True
-        )
+        self.bar = tqdm(total=total, unit=" rows", disable=not shown, mininterval=interval, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self

@@ -83,14 +83,15 @@ class Tally:
         """In words, for the screen; of a dry run, what would be."""
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(self.modalities.items())) or "none"
         size, about = _size(self.bytes), "about " if would else ""
+        shards = f"{self.shards:,} shard{'s' if self.shards != 1 else ''}"
         written, rejected = ("would be written", "would be rejected") if would else ("written", "rejected")
         lines = [
-            f"{self.written:,} of {self.rows:,} rows {written} ({kinds}): {self.shards:,} shards, {about}{size}",
+            f"{self.written:,} of {self.rows:,} rows {written} ({kinds}): {shards}, {about}{size}",
             f"{self.rejected:,} rows {rejected}{':' if self.rejected else ''}",
         ]
         for reason, kind in sorted(self.reasons.items(), key=lambda item: (-item[1].count, item[0])):
             lines.append(f"  {kind.count:,} x {reason}")
-            lines += [f"      {_example(reject)}" for reject in kind.examples]
+            lines += [f"      {_example(reject, reason)}" for reject in kind.examples]
         if self.repeated.get("ids"):
             names = ", ".join(self.repeated["examples"])
             lines.append(
@@ -100,9 +101,9 @@ class Tally:
         return lines
 
 
-def _example(reject: Reject) -> str:
+def _example(reject: Reject, said: str) -> str:
     medium = f", {reject.medium}" if reject.medium else ""
-    return f"{reject.where}{medium}: {reject.reason}"
+    return f"{reject.where}{medium}" + (f": {reject.reason}" if reject.reason != said else "")
 
 
 def _size(size: float) -> str:
