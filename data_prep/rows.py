@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from data_prep.dataset import Dataset
+from data_prep.references import MediaRef, field, named_media, reference, video_by_id
+from data_prep.turns import PartMedium, read_turns
+from vllava.batch import MEDIA_KINDS
+from vllava.conversation import Message, media_in, placeholders, read_conversation
+from vllava.errors import UserError
 
+__all__ = ["Draft", "MediaRef", "draft"]
 
-@dataclass(frozen=True)
-class MediaRef:
-    """A medium as a row names it: a path or the bytes themselves."""
-
-    kind: str  # image | video
-    path: (
-        Path | None
-    )  # as named, under the data set's folder; may lack its extension, or have another or upper-case one
-    data: bytes | None
-    name: str  # for messages: the name in the row, or "image 1 of the row" for bytes
+# A placeholder where LLaVA's data have it: on a line of its own, first or last in a turn.
+_MEANT = re.compile(r"\s*<(image|video)>\s*(?:\n|$)|.*\n\s*<(image|video)>\s*$", re.S)
 
 
 @dataclass(frozen=True)
@@ -35,5 +35,118 @@ class Draft:
 
 
 def draft(row: Any, dataset: Dataset) -> Draft:
-    """The record and media of a row; raises UserError with the reason for a row that is none. Opens no file."""
-    raise NotImplementedError
+    """The record and media of a row; raises UserError with the reason for a row that is none. Opens no file.
+
+    What is accepted is read again as it is here: by `vllava.data.record.parse`, with the same turns and media.
+    """
+    if not isinstance(row, Mapping):
+        raise UserError(f"the row is not an object but {type(row).__name__}")
+    turns, parts = read_turns(row, dataset)
+    system = field(row, dataset.fields.system)
+    conversation, _ = read_conversation({"conversations": turns, "system": system})
+    _check_answers(conversation, dataset)
+    media = _media(row, parts, dataset)
+    conversation, kinds = _fitted(conversation, media)
+    left = {kind: iter(refs) for kind, refs in media.items()}
+    record: dict[str, Any] = {} if (id_ := _id(row, dataset)) is None else {"id": id_}
+    record |= {"source": dataset.source or dataset.name, "conversations": conversation}
+    if isinstance(row.get("question"), Mapping):
+        record["question"] = row["question"]
+    return Draft(record, [next(left[kind]) for kind in kinds])
+
+
+def _id(row: Mapping[str, Any], dataset: Dataset) -> str | int | None:
+    """The row's id; whatever is neither a number nor a text is written as one."""
+    value = next((row[name] for name in dataset.fields.id if row.get(name) is not None), None)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    return str(value).encode(errors="backslashreplace").decode()
+
+
+def _check_answers(conversation: Sequence[Message], dataset: Dataset) -> None:
+    answers = [(number, turn) for number, turn in enumerate(conversation, 1) if turn["from"] == "gpt"]
+    if not answers and not dataset.unanswered:
+        raise UserError("no token of the conversation is supervised: it has no answer")
+    for number, turn in answers:
+        if not turn["value"].strip():
+            raise UserError(f"turn {number} is an empty answer")
+
+
+# --- media ------------------------------------------------------------------------------------------------------------
+
+
+def _media(row: Mapping[str, Any], parts: Sequence[PartMedium], dataset: Dataset) -> dict[str, list[MediaRef]]:
+    """The media of a row by kind, in order, whether its fields or the parts of its turns name them."""
+    named = named_media(row, dataset)
+    in_parts: dict[str, list[MediaRef]] = {kind: [] for kind in MEDIA_KINDS}
+    for kind, value in parts:
+        if value is not None:
+            in_parts[kind].append(reference(kind, value, dataset, len(in_parts[kind]) + 1))
+    if not any(in_parts.values()):
+        if parts and not any(named.values()):
+            raise UserError(f"a turn has a part that is {_some(parts[0][0])}, and nothing names its file")
+        return named if any(named.values()) else {**named, "video": video_by_id(row, dataset)}
+    if sum(map(len, in_parts.values())) < len(parts):
+        raise UserError("some media of the turns name their file and others do not: name all of them, or none")
+    for kind in MEDIA_KINDS:
+        if named[kind] and named[kind] != in_parts[kind]:
+            raise UserError(f"the row names {kind}s twice, in its turns and beside them, and not the same")
+    return in_parts
+
+
+def _fitted(conversation: list[Message], media: Mapping[str, Sequence[MediaRef]]) -> tuple[list[Message], list[str]]:
+    """The conversation with a placeholder for each medium, and the kinds in placeholder order.
+
+    Accepted beside placeholders that fit: none at all (media of one kind go before the first question), and those of
+    the other kind where all media are of one (`<image>` for a video, once or once for each frame). Raises UserError for
+    what could mean two things.
+    """
+    given = [kind for kind in MEDIA_KINDS for _ in media[kind]]
+    if not given:
+        _check_text_only(conversation)
+        return conversation, []
+    shown = Counter(kind for _, kind in placeholders(conversation))
+    if len(set(given)) == 1 and not shown[given[0]]:
+        conversation = _of_one_kind(conversation, given[0], len(given), shown)
+    kinds = media_in(conversation, [None] * len(given), given)
+    if Counter(kinds) != Counter(given):
+        texts = ", ".join(f"<{kind}>" for kind in kinds)
+        raise UserError(f"placeholders and media differ: the text shows {texts}, the sample has {', '.join(given)}")
+    return conversation, kinds
+
+
+def _of_one_kind(conversation: list[Message], kind: str, number: int, shown: Counter[str]) -> list[Message]:
+    """The conversation with placeholders of `kind`, where it shows none of them but maybe some of the other kind."""
+    mark = f"<{kind}>"
+    other = next(f"<{k}>" for k in MEDIA_KINDS if k != kind)
+    if not shown:
+        first = next(index for index, turn in enumerate(conversation) if turn["from"] == "human")
+        text = "\n".join([*[mark] * number, *([conversation[first]["value"]] if conversation[first]["value"] else [])])
+        return [*conversation[:first], {**conversation[first], "value": text}, *conversation[first + 1 :]]
+    if shown.total() == number:
+        return [_replaced(turn, other, mark) for turn in conversation]
+    run = re.compile(rf"{other}(?:\s*{other})+")
+    if kind == "video" and number == 1 and sum(len(run.findall(t["value"])) for t in conversation) == 1:
+        merged = [{**t, "value": run.sub(other, t["value"])} if t["from"] == "human" else t for t in conversation]
+        if len(placeholders(merged)) == 1:
+            return [_replaced(turn, other, mark) for turn in merged]
+    return conversation
+
+
+def _replaced(turn: Message, old: str, new: str) -> Message:
+    return {**turn, "value": turn["value"].replace(old, new)} if turn["from"] == "human" else turn
+
+
+def _check_text_only(conversation: Sequence[Message]) -> None:
+    """Raises UserError where a row without media shows one as LLaVA's data do; elsewhere `<image>` is text (HTML)."""
+    for number, turn in enumerate(conversation, 1):
+        found = _MEANT.match(turn["value"]) if turn["from"] == "human" and "<" in turn["value"] else None
+        if found and not any(f"</{kind}>" in turn["value"] for kind in MEDIA_KINDS):
+            kind = found[1] or found[2]
+            raise UserError(
+                f"placeholders and media differ: the text shows <{kind}> in turn {number}, the row names none"
+            )
+
+
+def _some(kind: str) -> str:
+    return "an image" if kind == "image" else "a video"
