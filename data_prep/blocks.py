@@ -23,6 +23,7 @@ from vllava.data.broken import printable, why
 from vllava.data.index import SAMPLE_BYTES, SAMPLE_MEMBERS, index_path
 from vllava.data.record import parse
 from vllava.data.tar import BLOCK
+from vllava.data.tar_writer import RECORD
 from vllava.data.writing import write_json, write_tar
 from vllava.errors import UserError, reason
 
@@ -188,6 +189,8 @@ def look_at_block(dataset: Dataset, settings: MediaSettings, block: Block) -> Ou
             outcome.bytes += sum(BLOCK + -(-size // BLOCK) * BLOCK for size in (text, *sizes))
             if "id" in drafted.record:
                 outcome.ids.append(json.dumps(drafted.record["id"], default=str))
+    if outcome.written:
+        outcome.bytes = -(-(outcome.bytes + 2 * BLOCK) // RECORD) * RECORD
     return outcome
 
 

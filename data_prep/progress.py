@@ -33,7 +33,7 @@ class Progress:
 
     def add(self, number: int, before: bool = False) -> None:
         """Count rows; those that were done before say nothing about the speed."""
-        if before:
+        if before and not self.bar.disable:
             self.bar.initial += number
         self.bar.update(number)
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import webdataset
-
 from vllava.data.index import (
     SAMPLE_BYTES,
     SAMPLE_MEMBERS,
+    Entry,
     Facts,
+    Place,
     facts_of,
     index_path,
     scan,
@@ -28,6 +28,7 @@ from vllava.data.index import (
 )
 from vllava.data.shards import MANIFEST
 from vllava.data.tar import CONTROL, NAME_LIMIT
+from vllava.data.tar_writer import TarWriter
 from vllava.errors import UserError, reading
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
@@ -40,21 +41,20 @@ def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> di
     Raises UserError, which names the key, for what would not be read again as it was given: a key that is empty, has a
     dot or comes twice, an extension that is none, a member that is not bytes.
     """
-    facts: dict[str, Facts] = {}
-    sums: dict[str, dict[str, int]] = {}
+    entries: dict[str, Entry] = {}
     with appearing(path) as unfinished, appearing(index_path(path)) as index:
-        with webdataset.TarWriter(str(unfinished), encoder=False, mtime=0, user="vllava", group="vllava") as tar:
+        with open(unfinished, "wb") as file:
+            tar = TarWriter(file, "vllava")
             for key, members in samples:
-                content = _checked(key, members, facts)
-                tar.write({"__key__": key, **content})
-                facts[key] = facts_of(content)
-                sums[key] = {name: zlib.crc32(data) for name, data in content.items()}
-        size = unfinished.stat().st_size
-        with open(unfinished, "rb") as file:
-            entries = [entry.with_facts(facts[entry.key], sums[entry.key]) for entry in scan(file, size)[0]]
-        write_index(index, path.name, size, entries)
-        checksum = sha256_of(unfinished)
-    return _listed(path.name, facts.values(), size, checksum)
+                content = _checked(key, members, entries)
+                places = {
+                    name: Place(tar.add(f"{key}.{name}", content[name]), len(content[name]), zlib.crc32(content[name]))
+                    for name in sorted(content)
+                }
+                entries[key] = Entry(key, places, facts_of(content))
+            checksum = tar.close()
+        write_index(index, path.name, tar.length, list(entries.values()))
+    return _listed(path.name, [entry.facts for entry in entries.values() if entry.facts], tar.length, checksum)
 
 
 def _checked(key: Any, members: dict, seen: Container[str]) -> dict[str, bytes]:
