@@ -12,6 +12,7 @@ from vllava.errors import UserError, reason
 __all__ = ["MANIFEST", "PLACEHOLDERS", "members", "modality", "write_manifest", "write_shard"]
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 Medium = tuple[str, bytes | list[bytes]]  # a file by its extension, or the extension of each frame and the frames
 
 
@@ -30,7 +31,7 @@ def members(key: str, record: dict, media: Sequence[Medium]) -> dict[str, bytes]
     if isinstance(key, str) and not {"", ".", ".."}.isdisjoint(key.split("/")):
         raise UserError(f"The key {key!r} cannot be written: unpacked, its files would not lie where the shard does.")
     try:
-        members = {"json": json.dumps(record, ensure_ascii=False, allow_nan=False).encode()}
+        members = {"json": _JSON.encode(record).encode()}
     except (TypeError, ValueError, RecursionError) as error:  # ValueError: NaN, or half of a surrogate pair
         raise UserError(f"The record of {key!r} cannot be written as JSON ({reason(error)}).") from error
     for number, (extension, data) in enumerate(media):

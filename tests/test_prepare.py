@@ -79,7 +79,7 @@ def reason(folder, kind, name, **media):
         ("video", PICTURE, "it is a picture, of the format JPEG"),
         ("video", b"plain text", "unreadable video"),
         ("video", CLIP[: len(CLIP) // 2], "video"),
-        ("video", video_file("mpeg4", "avi", count=0), "no frames"),
+        ("video", video_file(container="matroska", count=8).partition(b"\x1f\x43\xb6\x75")[0], "End of file"),
         ("video", audio_file(), "no frames"),
     ],
 )

@@ -91,7 +91,8 @@ def _checked(key: Any, members: dict, seen: Container[str]) -> dict[str, bytes]:
 
 def _is_name(name: str) -> bool:
     """Whether a file of this name in a tar file is read under the same name."""
-    halves = any("\ud800" <= letter <= "\udfff" for letter in name)  # of surrogate pairs, which cannot be encoded
+    # Halves of surrogate pairs cannot be encoded.
+    halves = not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name)
     return len(name) <= NAME_LIMIT and not CONTROL.search(name) and not halves
 
 
