@@ -37,7 +37,7 @@ class MediaRef:
 
 def filled(value: Any) -> bool:
     """Whether a field holds something: not null, an empty text or list, NaN, or a picture of which both are null."""
-    if value is None or value != value:
+    if value is None or (isinstance(value, float) and value != value):
         return False
     if isinstance(value, Mapping):
         return any(map(filled, value.values()))
@@ -61,11 +61,10 @@ def field(row: Mapping[str, Any], names: Sequence[str]) -> Any:
 def named_media(row: Mapping[str, Any], dataset: Dataset) -> dict[str, list[MediaRef]]:
     """The media that a row names in its fields, by kind, in order; raises UserError for names that are none."""
     names = {"image": dataset.fields.image, "video": dataset.fields.video}
-    media = {
+    return {
         kind: [reference(kind, value, dataset, index) for index, value in enumerate(_list(field(row, names[kind])), 1)]
         for kind in MEDIA_KINDS
     }
-    return media
 
 
 def video_by_id(row: Mapping[str, Any], dataset: Dataset) -> list[MediaRef]:

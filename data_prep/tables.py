@@ -59,8 +59,8 @@ def table_files(folder: Path, split: str) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".arrow") and path.is_file())
     if not files:
         raise UserError(
-            f"{folder} is a folder without Parquet files and no data set that save_to_disk wrote: name its files of rows "
-            "in annotations=…, as in annotations='[train/*.jsonl]'."
+            f"{folder} is a folder without Parquet files and no data set that save_to_disk wrote: name its files of "
+            "rows in annotations=…, as in annotations='[train/*.jsonl]'."
         )
     by_split: dict[str, list[Path]] = {}
     for path in files:

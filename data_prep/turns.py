@@ -34,6 +34,8 @@ def read_turns(row: Mapping[str, Any], dataset: Dataset) -> tuple[Any, list[Part
     UserError for a row without a conversation, and for parts that are neither text nor media.
     """
     turns = field(row, dataset.fields.conversations)
+    if turns is None and any(row.get(name) == [] for name in dataset.fields.conversations):
+        return [], []
     if turns is None:
         turns = _asked_and_answered(row, dataset)
     if isinstance(turns, str) and turns.lstrip().startswith("["):  # a column of JSON
@@ -74,7 +76,7 @@ def _pair(row: Mapping[str, Any], dataset: Dataset, what: str) -> list[Turn]:
     asked, answered = dataset.fields.question, dataset.fields.answer
     question, answer = (_scalar(field(row, names), what, names) for names in (asked, answered))
     if question is None and answer is None:
-        if set(answered) & set(row) and dataset.instructions or set(asked) & set(row):
+        if {*asked, *answered} & set(row):
             raise UserError(f"{what} has no question and no answer: they are empty")
         raise UserError(
             'the record has no conversation: it needs "conversations" or "messages", or a question and an answer '
@@ -117,9 +119,8 @@ def _turn(number: int, turn: Any, dataset: Dataset, media: list[PartMedium]) -> 
     speaker = next((turn[key] for key in ("from", "role") if turn.get(key) is not None), None)
     if isinstance(speaker, str):
         speaker = dataset.speakers.get(speaker, speaker)
-        speaker = (
-            speaker if speaker in _KNOWN else speaker.strip().lower() if speaker.strip().lower() in _KNOWN else speaker
-        )
+        plain = speaker.strip().lower()
+        speaker = plain if plain in _KNOWN else speaker
     content = next((turn[key] for key in ("value", "content") if turn.get(key) is not None), None)
     if isinstance(content, Mapping):
         content = [content]
