@@ -25,11 +25,11 @@ class Fields:
     """
 
     id: tuple[str, ...] = ("id",)
-    conversations: tuple[str, ...] = ("conversations", "messages")
+    conversations: tuple[str, ...] = ("conversations", "messages", "conversation")
     system: tuple[str, ...] = ("system", "system_prompt")
     image: tuple[str, ...] = ("image", "images")
     video: tuple[str, ...] = ("video", "videos")
-    video_id: tuple[str, ...] = ("video_id",)  # where a row names no medium: a video file of this name, any extension
+    video_id: tuple[str, ...] = ("video_id", "video_name")  # where no medium is named: a video file, any extension
     question: tuple[str, ...] = ("question", "q", "Q")
     answer: tuple[str, ...] = ("answer", "a", "A")
     pairs: tuple[str, ...] = ("qa", "QA")  # several questions and answers about the same medium

@@ -408,9 +408,17 @@ def test_a_snapshot_of_parquet_files_is_read_in_the_order_of_their_names(tmp_pat
     assert len(read(tmp_path, annotations="snapshot/data/test*")) == 3
 
 
+def test_a_snapshot_of_json_files_is_read(tmp_path):
+    (tmp_path / "snapshot" / "data").mkdir(parents=True)
+    (tmp_path / "snapshot" / "dataset_infos.json").write_text("{}")
+    for number, name in enumerate(["b.jsonl", "a.json"]):
+        (tmp_path / "snapshot" / "data" / name).write_text(json.dumps(ROWS[number]))
+    assert [row for _, row in read(tmp_path, annotations="snapshot")] == [ROWS[1], ROWS[0]]
+
+
 def test_what_is_wrong_with_a_table_is_said(tmp_path):
     (tmp_path / "folder").mkdir()
-    assert "without Parquet files" in why(read, tmp_path, annotations="folder")
+    assert "no file of rows" in why(read, tmp_path, annotations="folder")
     pq.write_table(pa.table({"x": [1]}), tmp_path / "a.parquet")
     message = why(read, tmp_path, annotations="a.parquet")
     assert "none of the columns" in message and "it has x" in message

@@ -117,6 +117,7 @@ def test_a_row_without_an_id_has_none(row):
         {"image": "file:///data/set/a.jpg"},
         {"image": "/data/set/a.jpg"},
         {"image": "./b/../a.jpg", "videos": []},
+        {"image": [["a.jpg"]]},
         {"image": "a.jpg", "video": float("nan")},
     ],
 )
@@ -235,6 +236,11 @@ def test_questions_and_answers_are_conversations(row):
     assert texts({**row, "image": "a.jpg"}) == ["<image>\nWhat?", "A cat."]
 
 
+@pytest.mark.parametrize("named", [{"video_name": "v_1.mp4"}, {"video_name": "v_1.mp4", "video_id": ""}])
+def test_a_video_may_be_named_by_a_name_of_its_own(named):
+    assert media({"Q": "What?", "A": "A cat.", **named}) == [("video", "v_1.mp4")]
+
+
 def test_fields_may_have_any_name_or_be_put_together():
     fields = Fields(question=("prompt",), answer=("response",), video=("{folder}/{number:03d}.mp4",))
     row = {"prompt": "What?", "response": 3, "folder": "x", "number": 7}
@@ -280,6 +286,28 @@ def test_tags_in_texts_are_text():
     assert texts({"conversations": turns(html, "Use <image>.")}) == [html, "Use <image>."]
     row = {"image": "a.jpg", "conversations": turns("<image>\nIs this a <video> tag?", "Yes.")}
     assert media(row) == [("image", "a.jpg")]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "<image>",
+        "<image>\nWhat?",
+        "What?\n<image>",
+        " <video> \r\nWhat?\n",
+        "What?\n \t<video> ",
+        "<image>\n<image>\n?",
+    ],
+)
+def test_a_placeholder_on_a_line_of_its_own_needs_its_medium(value):
+    assert "the row names none" in why({"conversations": turns("Hi", "Ho", value, "A.")})
+
+
+@pytest.mark.parametrize(
+    "value", ["<image> is a tag", "What is <image>", "a\n<video>\nb", "\n" * 500_000 + "a <video>"]
+)
+def test_a_placeholder_within_a_text_needs_none(value):
+    assert texts({"conversations": turns(value, "A.")}) == [value, "A."]
 
 
 # --- trouble ----------------------------------------------------------------------------------------------------------
