@@ -104,7 +104,7 @@ def _fitted(conversation: list[Message], media: Mapping[str, Sequence[MediaRef]]
     shown = [kind for _, kind in placeholders(conversation)]
     if len(set(given)) == 1 and given[0] not in shown:
         conversation = _of_one_kind(conversation, given[0], len(given), len(shown))
-    kinds = media_in(conversation, [None] * len(given), given)
+    kinds = media_in(conversation, given)
     if sorted(kinds) != given:
         texts = ", ".join(f"<{kind}>" for kind in kinds)
         raise UserError(f"placeholders and media differ: the text shows {texts}, the sample has {', '.join(given)}")

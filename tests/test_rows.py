@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -423,16 +424,44 @@ contents = st.one_of(
         max_size=3,
     ),
 )  # fmt: skip
-names = st.one_of(st.none(), st.just("a.jpg"), st.lists(st.sampled_from(["a.jpg", "b/c.JPG"]), max_size=3))
+files = st.one_of(st.none(), st.just("a.jpg"), st.lists(st.sampled_from(["a.jpg", "b/c.JPG"]), max_size=3))
 speakers = st.sampled_from(["human", "gpt", "user", "assistant"])
+rounds = st.lists(st.tuples(contents, st.one_of(st.just("Yes."), values)), min_size=1, max_size=3)
 conversations = st.one_of(
-    st.lists(contents, max_size=4).map(lambda values: turns(*values)),
+    rounds.map(lambda pairs: turns(*(value for pair in pairs for value in pair))),
     st.lists(st.builds(lambda who, what: {"role": who, "content": what}, speakers, contents), max_size=4),
 )
 rows_of_any_kind = st.fixed_dictionaries(
     {"conversations": conversations},
-    optional={"image": names, "images": names, "video": names, "system": words, "id": st.integers(), "q": words},
+    optional={"image": files, "images": files, "video": files, "system": words, "id": st.integers(), "q": words},
 )
+
+
+@st.composite
+def rows_that_fit(draw):
+    """Rows whose placeholders and media agree in number, in one form or another."""
+    kinds = draw(st.lists(st.sampled_from(["image", "video"]), min_size=1, max_size=4))
+    human = ["", ""]
+    for kind in kinds:
+        human[draw(st.integers(0, 1))] += draw(st.sampled_from(["{0}", "{0}\n", "see {0} "])).format(f"<{kind}>")
+    shown = [kind for text in human for kind in re.findall("<(image|video)>", text)]
+    named = {kind: [f"{n}.x" for n, k in enumerate(shown) if k == kind] for kind in set(kinds)}
+    if len(named) == 1 and draw(st.booleans()):  # without placeholders, or with those of the other kind
+        mark = draw(st.sampled_from(["", "<image>", "<video>"]))
+        human = [re.sub("<(image|video)>", mark, text) for text in human]
+    return {"conversations": turns(human[0], "Yes.", f"{human[1]}And?", "No.")} | named
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows_that_fit())
+def test_media_that_fit_are_accepted_and_read_again(row):
+    made = draft(row, dataset())
+    assert parse(members(made)).kinds == [ref.kind for ref in made.media]
+    assert sorted(ref.name for ref in made.media) == made_names(row)
+
+
+def made_names(row):
+    return sorted(name for kind in ("image", "video") for name in row.get(kind, []))
 
 
 @settings(max_examples=400, deadline=None)
