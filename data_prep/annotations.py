@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.dataset import Dataset, Fields, first_there, read_dataset
+from data_prep.dataset import Dataset, Fields, first_there, found, read_dataset
 from data_prep.json_rows import json_count, json_rows
 from data_prep.references import PATTERN
 from data_prep.tables import is_table, table_count, table_files, table_rows
@@ -66,17 +65,11 @@ def _columns(fields: Fields) -> set[str]:
 
 
 def _found(dataset: Dataset, name: str) -> list[Path]:
-    name = first_there(dataset.root, name) if " | " in name else name
-    path = dataset.root / Path(name).expanduser()
-    if path.is_dir():
-        return table_files(path, dataset.split)
-    if path.is_file():
-        return [path]
-    pattern = str(path) if path == Path(name) else f"{glob.escape(str(dataset.root))}/{name}"
-    found = [Path(file) for file in sorted(glob.glob(pattern, recursive=True))]
-    if not found:
+    name = first_there(dataset.root, name)
+    paths = found(dataset.root, name)
+    if not paths:
         raise UserError(
-            f"There is no {path}, which the data set {dataset.name} names as its annotations: set root=… to the folder "
-            "where it is, or annotations=… to its name."
+            f"There is no {dataset.root / name}, which the data set {dataset.name} names as its annotations: set "
+            "root=… to the folder where it is, or annotations=… to its name."
         )
-    return [file for path in found for file in (table_files(path, dataset.split) if path.is_dir() else [path])]
+    return [file for path in paths for file in (table_files(path, dataset.split) if path.is_dir() else [path])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,11 +25,11 @@ class Fields:
     """
 
     id: tuple[str, ...] = ("id",)
-    conversations: tuple[str, ...] = ("conversations", "messages")
+    conversations: tuple[str, ...] = ("conversations", "messages", "conversation")
     system: tuple[str, ...] = ("system", "system_prompt")
     image: tuple[str, ...] = ("image", "images")
     video: tuple[str, ...] = ("video", "videos")
-    video_id: tuple[str, ...] = ("video_id",)  # where a row names no medium: a video file of this name, any extension
+    video_id: tuple[str, ...] = ("video_id", "video_name")  # where no medium is named: a video file, any extension
     question: tuple[str, ...] = ("question", "q", "Q")
     answer: tuple[str, ...] = ("answer", "a", "A")
     pairs: tuple[str, ...] = ("qa", "QA")  # several questions and answers about the same medium
@@ -68,9 +69,7 @@ def read_dataset(name: str | Path, overrides: Sequence[str] = ()) -> Dataset:
     _known(where, values, {f.name for f in dataclasses.fields(Dataset)})
     fields = values.get("fields") or {}
     if not isinstance(fields, Mapping):
-        raise UserError(
-            f"fields={fields!r} in {where} is no list of names by their meaning: write fields.image=picture."
-        )
+        raise UserError(f"fields={fields!r} in {where} is not of the form fields.image=picture.")
     _known(f"fields of {where}", fields, {f.name for f in dataclasses.fields(Fields)})
     content = {key: _value(key, value, hint) for key, value, hint in _typed(Dataset, values) if key != "fields"}
     names = Fields(**{key: _value(f"fields.{key}", value, hint) for key, value, hint in _typed(Fields, fields)})
@@ -88,8 +87,17 @@ def read_dataset(name: str | Path, overrides: Sequence[str] = ()) -> Dataset:
 
 def first_there(root: Path, alternatives: str) -> str:
     """The first of `one | other` that exists under `root`, or the first of all where none does."""
-    names = [name.strip() for name in alternatives.split(" | ")]
-    return next((name for name in names if name and (root / name).exists()), names[0])
+    names = [name.strip() for name in alternatives.split("|")]
+    return next((name for name in names if found(root, name)), names[0])
+
+
+def found(root: Path, name: str) -> list[Path]:
+    """What lies under a name, or what a glob finds, sorted; of a relative name under `root`."""
+    path = root / Path(name).expanduser()
+    if path.exists():
+        return [path]
+    pattern = str(path) if path == Path(name).expanduser() else f"{glob.escape(str(root))}/{name}"
+    return [Path(file) for file in sorted(glob.glob(pattern, recursive=True))]
 
 
 def _file(name: str) -> Path:
@@ -150,7 +158,7 @@ def _value(key: str, value: Any, hint: Any) -> Any:
             return tuple(texts)
     if hint == dict[str, str] and isinstance(value, Mapping) and set(value.values()) <= set(SPEAKERS):
         return {str(name): speaker for name, speaker in value.items()}
-    expected = {bool: "true or false", str: "a text", Path: "a path", dict[str, str]: f"names of {', '.join(SPEAKERS)}"}
-    raise UserError(
-        f"{key}={value!r} of a data set is not of the right kind: {expected.get(hint, 'a text or a list of texts')}."
-    )
+    speakers = f"of the form {{name: speaker}} with {', '.join(SPEAKERS)}"
+    expected = {bool: "true or false", str: "a text", Path: "a path", dict[str, str]: speakers}
+    what = expected.get(hint, "a text or a list of texts")
+    raise UserError(f"{key}={value!r} of a data set is not of the right kind: it is {what}.")

@@ -34,7 +34,10 @@ def json_rows(path: Path, key: str = "") -> Iterator[tuple[str, Any]]:
         file.seek(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
         by_name = not {".jsonl", ".ndjson"}.isdisjoint(path.suffixes)
         if start == b"[":
-            yield from _items(_Text(path, file))
+            text = _Text(path, file)
+            yield from _items(text)
+            if text.peek():
+                raise UserError(f"{path} goes on after its list of rows. Mend it: one file holds one list.")
         elif start and by_name:
             yield from _lines(file)
         elif start != b"{":
@@ -150,9 +153,8 @@ class _Text:
         return not self._ended
 
     def _broken(self, what: str, why: str) -> UserError:
-        ends = (
-            "the file ends there" if self._ended else f"near byte {self._file.tell() - len(self._text) + self._place:,}"
-        )
+        byte = self._file.tell() - len(self._text) + self._place
+        ends = "the file ends there" if self._ended else f"near byte {byte:,}"
         return UserError(
             f"{self.path} cannot be read from {what} on ({why}; {ends}): it is cut or damaged, or was not written by a "
             "JSON library. Copy or download it again, or mend it there."
@@ -171,6 +173,7 @@ def _items(text: _Text) -> Iterator[tuple[str, Any]]:
             )
         yield f"row {number}", text.value(f"row {number}")
         number += 1
+    text.skip()
 
 
 def _find_list(text: _Text, key: str) -> _Text:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
@@ -37,11 +38,9 @@ class MediaRef:
 
 def filled(value: Any) -> bool:
     """Whether a field holds something: not null, an empty text or list, NaN, or a picture of which both are null."""
-    if value is None or value != value:
+    if value is None or value == "" or value == [] or (isinstance(value, float) and value != value):
         return False
-    if isinstance(value, Mapping):
-        return any(map(filled, value.values()))
-    return not (isinstance(value, (str, list)) and not value)
+    return any(map(filled, value.values())) if isinstance(value, dict) else True
 
 
 def field(row: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -61,16 +60,15 @@ def field(row: Mapping[str, Any], names: Sequence[str]) -> Any:
 def named_media(row: Mapping[str, Any], dataset: Dataset) -> dict[str, list[MediaRef]]:
     """The media that a row names in its fields, by kind, in order; raises UserError for names that are none."""
     names = {"image": dataset.fields.image, "video": dataset.fields.video}
-    media = {
+    return {
         kind: [reference(kind, value, dataset, index) for index, value in enumerate(_list(field(row, names[kind])), 1)]
         for kind in MEDIA_KINDS
     }
-    return media
 
 
 def video_by_id(row: Mapping[str, Any], dataset: Dataset) -> list[MediaRef]:
     """The video that a row names by an id, if it does: a file of that name with whatever extension."""
-    name = field(row, dataset.fields.video_id)
+    name = next((row[name] for name in dataset.fields.video_id if filled(row.get(name))), None)
     if name is None:
         return []
     if isinstance(name, bool) or not isinstance(name, (str, int)):
@@ -86,7 +84,9 @@ def reference(kind: str, value: Any, dataset: Dataset, number: int) -> MediaRef:
     Raises UserError for an address on a network, a name that leads out of the data set's folder, bytes that are none.
     """
     name = f"{kind} {number} of the row"
-    if isinstance(value, Mapping):
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict):
         value = next((value[key] for key in ("bytes", "path", "url", "filename") if value.get(key) is not None), None)
     if isinstance(value, (bytes, bytearray, memoryview)):
         if not len(value):
@@ -119,14 +119,21 @@ def _place(kind: str, name: str, folder: str, dataset: Dataset) -> Path:
         raise UserError(f"{kind} {name[:200]!r} is no name of a file: it holds a null character")
     if "\\" in name and "/" not in name:  # written on Windows
         name = name.replace("\\", "/")
-    root = str(dataset.root)
-    base = os.path.normpath(os.path.join(root, os.path.expanduser(folder)))
+    base, places = _bases(dataset.root, folder)
     path = os.path.normpath(os.path.join(base, name))
-    if not dataset.outside and not any(path.startswith(f"{place.rstrip('/')}/") for place in (root, base)):
+    if not path.startswith(places) and not dataset.outside:
         raise UserError(
-            f"{kind} {name[:200]!r} leads out of the data set's folder {root}: set root=…, or outside=true if it may"
+            f"{kind} {name[:200]!r} leads out of the data set's folder {dataset.root}: set root=…, or outside=true if "
+            "it may"
         )
     return Path(path)
+
+
+@cache
+def _bases(root: Path, folder: str) -> tuple[str, tuple[str, ...]]:
+    """The path of a folder, and how the paths of files begin that lie in it or in the data set's."""
+    base = os.path.normpath(os.path.join(root, os.path.expanduser(folder)))
+    return base, tuple(f"{place.rstrip('/')}/" for place in (str(root), base))
 
 
 def _inline(name: str, uri: str) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,6 @@ from vllava.conversation import Message, media_in, placeholders, read_conversati
 from vllava.errors import UserError
 
 __all__ = ["Draft", "MediaRef", "draft"]
-
-# A placeholder where LLaVA's data have it: on a line of its own, first or last in a turn.
-_MEANT = re.compile(r"\s*<(image|video)>\s*(?:\n|$)|.*\n\s*<(image|video)>\s*$", re.S)
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ def draft(row: Any, dataset: Dataset) -> Draft:
 
     What is accepted is read again as it is here: by `vllava.data.record.parse`, with the same turns and media.
     """
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         raise UserError(f"the row is not an object but {type(row).__name__}")
     turns, parts = read_turns(row, dataset)
     system = field(row, dataset.fields.system)
@@ -50,7 +46,7 @@ def draft(row: Any, dataset: Dataset) -> Draft:
     left = {kind: iter(refs) for kind, refs in media.items()}
     record: dict[str, Any] = {} if (id_ := _id(row, dataset)) is None else {"id": id_}
     record |= {"source": dataset.source or dataset.name, "conversations": conversation}
-    if isinstance(row.get("question"), Mapping):
+    if isinstance(row.get("question"), dict):
         record["question"] = row["question"]
     return Draft(record, [next(left[kind]) for kind in kinds])
 
@@ -105,17 +101,17 @@ def _fitted(conversation: list[Message], media: Mapping[str, Sequence[MediaRef]]
     if not given:
         _check_text_only(conversation)
         return conversation, []
-    shown = Counter(kind for _, kind in placeholders(conversation))
-    if len(set(given)) == 1 and not shown[given[0]]:
-        conversation = _of_one_kind(conversation, given[0], len(given), shown)
-    kinds = media_in(conversation, [None] * len(given), given)
-    if Counter(kinds) != Counter(given):
+    shown = [kind for _, kind in placeholders(conversation)]
+    if len(set(given)) == 1 and given[0] not in shown:
+        conversation = _of_one_kind(conversation, given[0], len(given), len(shown))
+    kinds = media_in(conversation, given)
+    if sorted(kinds) != given:
         texts = ", ".join(f"<{kind}>" for kind in kinds)
         raise UserError(f"placeholders and media differ: the text shows {texts}, the sample has {', '.join(given)}")
     return conversation, kinds
 
 
-def _of_one_kind(conversation: list[Message], kind: str, number: int, shown: Counter[str]) -> list[Message]:
+def _of_one_kind(conversation: list[Message], kind: str, number: int, shown: int) -> list[Message]:
     """The conversation with placeholders of `kind`, where it shows none of them but maybe some of the other kind."""
     mark = f"<{kind}>"
     other = next(f"<{k}>" for k in MEDIA_KINDS if k != kind)
@@ -123,7 +119,7 @@ def _of_one_kind(conversation: list[Message], kind: str, number: int, shown: Cou
         first = next(index for index, turn in enumerate(conversation) if turn["from"] == "human")
         text = "\n".join([*[mark] * number, *([conversation[first]["value"]] if conversation[first]["value"] else [])])
         return [*conversation[:first], {**conversation[first], "value": text}, *conversation[first + 1 :]]
-    if shown.total() == number:
+    if shown == number:
         return [_replaced(turn, other, mark) for turn in conversation]
     run = re.compile(rf"{other}(?:\s*{other})+")
     if kind == "video" and number == 1 and sum(len(run.findall(t["value"])) for t in conversation) == 1:
@@ -138,13 +134,17 @@ def _replaced(turn: Message, old: str, new: str) -> Message:
 
 
 def _check_text_only(conversation: Sequence[Message]) -> None:
-    """Raises UserError where a row without media shows one as LLaVA's data do; elsewhere `<image>` is text (HTML)."""
-    for number, turn in enumerate(conversation, 1):
-        found = _MEANT.match(turn["value"]) if turn["from"] == "human" and "<" in turn["value"] else None
-        if found and not any(f"</{kind}>" in turn["value"] for kind in MEDIA_KINDS):
-            kind = found[1] or found[2]
+    """Raises UserError where a row without media shows one as LLaVA's data do: on a line of its own, first or last.
+
+    Elsewhere `<image>` is text (HTML).
+    """
+    for index, kind in placeholders(conversation):
+        text = conversation[index]["value"].strip()
+        after, before = text.removeprefix(f"<{kind}>").lstrip(" \t\r"), text.removesuffix(f"<{kind}>").rstrip(" \t\r")
+        alone = (after != text and after[:1] in "\n") or (before != text and before[-1:] in "\n")
+        if alone and f"</{kind}>" not in text:
             raise UserError(
-                f"placeholders and media differ: the text shows <{kind}> in turn {number}, the row names none"
+                f"placeholders and media differ: the text shows <{kind}> in turn {index + 1}, the row names none"
             )
 
 

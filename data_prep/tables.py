@@ -15,6 +15,8 @@ MEDIA_BATCH = 16  # rows with media in them
 REMEDY = "Is it cut or damaged? Copy or download it again."
 _SPLIT = re.compile(r"(?:^|[-._/ ])(train|training|validation|valid|val|dev|test|testing|eval)(?=$|[-._/ \d])", re.I)
 
+_JSON = re.compile(r"(?!dataset_info|\.).*\.(json|jsonl|ndjson)(\.gz)?")
+
 
 def table_rows(path: Path, wanted: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """("row 17", the row) of a Parquet or Arrow file; only the `wanted` columns are read.
@@ -46,7 +48,9 @@ def is_table(path: Path) -> bool:
 
 
 def table_files(folder: Path, split: str) -> list[Path]:
-    """The files of a Hugging Face data set in a folder: one written by save_to_disk, or a snapshot's Parquet files.
+    """The files of a Hugging Face data set in a folder: one written by save_to_disk, or a snapshot of one.
+
+    Of a snapshot these are its Parquet files or, where there are none, its JSON files.
 
     Raises UserError where there are none, or several splits of which `split` chooses none.
     """
@@ -56,12 +60,11 @@ def table_files(folder: Path, split: str) -> list[Path]:
         return _saved(folder / _chosen(folder, list(map(str, splits)), split))
     if (folder / "state.json").is_file():
         return _saved(folder)
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".arrow") and path.is_file())
+    every = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in every if path.suffix in (".parquet", ".arrow")]
+    files = files or [path for path in every if _JSON.fullmatch(path.name)]
     if not files:
-        raise UserError(
-            f"{folder} is a folder without Parquet files and no data set that save_to_disk wrote: name its files of rows "
-            "in annotations=…, as in annotations='[train/*.jsonl]'."
-        )
+        raise UserError(f"{folder} is a folder in which no file of rows lies: neither Parquet nor Arrow nor JSON.")
     by_split: dict[str, list[Path]] = {}
     for path in files:
         found = _SPLIT.search(path.relative_to(folder).as_posix().rpartition(".")[0])

@@ -34,6 +34,8 @@ def read_turns(row: Mapping[str, Any], dataset: Dataset) -> tuple[Any, list[Part
     UserError for a row without a conversation, and for parts that are neither text nor media.
     """
     turns = field(row, dataset.fields.conversations)
+    if turns is None and any(row.get(name) == [] for name in dataset.fields.conversations):
+        return [], []
     if turns is None:
         turns = _asked_and_answered(row, dataset)
     if isinstance(turns, str) and turns.lstrip().startswith("["):  # a column of JSON
@@ -41,7 +43,7 @@ def read_turns(row: Mapping[str, Any], dataset: Dataset) -> tuple[Any, list[Part
             turns = json.loads(turns)
         except (ValueError, RecursionError) as error:
             raise UserError(f"the conversation is a text that is no JSON ({reason(error)})") from error
-    if isinstance(turns, Mapping) and all(isinstance(column, list) for column in turns.values()):
+    if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
         turns = _from_columns(turns)
     if not isinstance(turns, list) or len(turns) > MAX_TURNS:
         return turns, []
@@ -65,7 +67,7 @@ def _asked_and_answered(row: Mapping[str, Any], dataset: Dataset) -> list[Turn]:
     pairs = field(row, dataset.fields.pairs)
     if pairs is None:
         return _pair(row, dataset, "the row")
-    if not isinstance(pairs, list) or not all(isinstance(pair, Mapping) for pair in pairs):
+    if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
         raise UserError("the questions and answers of the row are no list of objects")
     return [turn for number, pair in enumerate(pairs, 1) for turn in _pair(pair, dataset, f"pair {number}")]
 
@@ -74,7 +76,7 @@ def _pair(row: Mapping[str, Any], dataset: Dataset, what: str) -> list[Turn]:
     asked, answered = dataset.fields.question, dataset.fields.answer
     question, answer = (_scalar(field(row, names), what, names) for names in (asked, answered))
     if question is None and answer is None:
-        if set(answered) & set(row) and dataset.instructions or set(asked) & set(row):
+        if {*asked, *answered} & set(row):
             raise UserError(f"{what} has no question and no answer: they are empty")
         raise UserError(
             'the record has no conversation: it needs "conversations" or "messages", or a question and an answer '
@@ -98,7 +100,7 @@ def _scalar(value: Any, what: str, names: Sequence[str]) -> str | None:
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, Mapping):  # the type and options of a question, not its text
+    if isinstance(value, dict):  # the type and options of a question, not its text
         return None
     raise UserError(f"{what}: {_or(names)} is not a text but {type(value).__name__}")
 
@@ -112,16 +114,15 @@ def _or(names: Sequence[str]) -> str:
 
 def _turn(number: int, turn: Any, dataset: Dataset, media: list[PartMedium]) -> Any:
     """A turn as {"from", "value"}, its parts joined; the media of its parts are added to `media`."""
-    if not isinstance(turn, Mapping):
+    if not isinstance(turn, dict):
         return turn
     speaker = next((turn[key] for key in ("from", "role") if turn.get(key) is not None), None)
     if isinstance(speaker, str):
         speaker = dataset.speakers.get(speaker, speaker)
-        speaker = (
-            speaker if speaker in _KNOWN else speaker.strip().lower() if speaker.strip().lower() in _KNOWN else speaker
-        )
+        plain = speaker.strip().lower()
+        speaker = plain if plain in _KNOWN else speaker
     content = next((turn[key] for key in ("value", "content") if turn.get(key) is not None), None)
-    if isinstance(content, Mapping):
+    if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list):
         return {"from": speaker, "value": content}
@@ -137,7 +138,7 @@ def _part(number: int, part: Any) -> str | PartMedium:
     """A part of a turn: its text, or its medium."""
     if isinstance(part, str):
         return part
-    if not isinstance(part, Mapping):
+    if not isinstance(part, dict):
         raise UserError(f"turn {number} holds a part that is neither text nor an object but {type(part).__name__}")
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.get("type")
@@ -157,7 +158,7 @@ def _part_source(kind: str, part: Mapping[str, Any]) -> Any:
     """What names the medium of a part: a name, a URI, bytes; None where nothing does."""
     keys = (kind, _MEDIUM_PARTS[kind], f"{_MEDIUM_PARTS[kind]}_url", "path", "url", "bytes", "source", "data")
     value = next((part[key] for key in keys if filled(part.get(key))), None)
-    if isinstance(value, Mapping) and value.get("type") == "base64" and isinstance(value.get("data"), str):
+    if isinstance(value, dict) and value.get("type") == "base64" and isinstance(value.get("data"), str):
         return f"data:;base64,{value['data']}"
     return value
 
@@ -167,6 +168,8 @@ def _marked(turns: list[Any], media: Sequence[PartMedium]) -> list[Any]:
 
     Where the texts already show as many placeholders as there are media in parts, those say where the media stand.
     """
+    if not any(map(_in_parts, turns)):
+        return turns
     texts = "\n".join(part for turn in turns if _in_parts(turn) for part in turn["value"] if isinstance(part, str))
     shown = Counter(PLACEHOLDER.findall(texts)) if media else Counter()
     write = shown != Counter(kind for kind, _ in media)
