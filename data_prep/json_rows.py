@@ -95,7 +95,10 @@ def _lines(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         try:
             yield where, _DECODER.decode(text)
         except (ValueError, RecursionError) as error:  # no JSON; too long a number; too deep
-            yield where, UserError(f"the line is no JSON: {reason(error)}")
+            place = (
+                f"{error.msg}, at character {error.pos}" if isinstance(error, json.JSONDecodeError) else reason(error)
+            )
+            yield where, UserError(f"the line is no JSON: {place}")
 
 
 # --- lists ------------------------------------------------------------------------------------------------------------

@@ -124,8 +124,7 @@ def _of_one_kind(conversation: list[Message], kind: str, number: int, shown: int
     run = re.compile(rf"{other}(?:\s*{other})+")
     if kind == "video" and number == 1 and sum(len(run.findall(t["value"])) for t in conversation) == 1:
         merged = [{**t, "value": run.sub(other, t["value"])} if t["from"] == "human" else t for t in conversation]
-        if len(placeholders(merged)) == 1:
-            return [_replaced(turn, other, mark) for turn in merged]
+        return [_replaced(turn, other, mark) for turn in merged]
     return conversation
 
 

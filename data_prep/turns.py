@@ -85,9 +85,7 @@ def _pair(row: Mapping[str, Any], dataset: Dataset, what: str) -> list[Turn]:
     if answer is None:
         if dataset.unanswered:
             return [{"from": "human", "value": question}]
-        raise UserError(
-            f"{what} has a question and no answer: nothing, or nothing but an empty text, in {_or(answered)}"
-        )
+        raise UserError(f"{what} has a question and no answer in {_or(answered)}")
     if question is None:
         if not dataset.instructions:
             raise UserError(f"{what} has an answer and no question in {_or(asked)}; for captions set instructions=[…]")

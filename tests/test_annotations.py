@@ -383,6 +383,11 @@ def test_a_data_set_that_was_saved_to_disk_is_read(tmp_path, stream):
     assert count(dataset) == 5
 
 
+def test_all_rows_of_a_large_batch_are_read(tmp_path):
+    save_to_disk(tmp_path / "saved", table(50), files=1, chunk=50)
+    assert [row["id"] for _, row in read(tmp_path, annotations="saved")] == list(range(50))
+
+
 def test_one_of_several_saved_splits_is_chosen(tmp_path):
     for split, number in (("train", 3), ("test", 2)):
         save_to_disk(tmp_path / split, table(number), files=1)

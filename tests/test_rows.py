@@ -137,6 +137,8 @@ def test_names_are_kept_as_they_are_written():
 def test_a_file_uri_may_be_quoted():
     row = {"image": "file:///data/set/%C3%9C%20b.jpg", "conversations": turns("<image>", "A.")}
     assert media(row) == [("image", "Ü b.jpg")]
+    row = {"image": "file://localhost/data/set/%FF?.jpg", "conversations": turns("<image>", "A.")}
+    assert media(row) == [("image", "\udcff?.jpg")]  # a name that is no UTF-8
 
 
 @pytest.mark.parametrize(
