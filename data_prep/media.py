@@ -91,7 +91,7 @@ class Loaded:
 
 def load(ref: MediaRef, settings: MediaSettings) -> Loaded:
     """A medium, read and checked; raises UserError for one that is missing, empty, of no known format or broken."""
-    data = _read(*find(ref.path, ref.kind)) if ref.data is None and ref.path is not None else ref.data
+    data = _read(ref.path, ref.kind) if ref.data is None and ref.path is not None else ref.data
     if not data:
         raise UserError("the file is empty")
     extension = format_of(data, ref.kind, ref.name)
@@ -144,7 +144,7 @@ def find(path: Path, kind: str) -> tuple[Path, int]:
 
 
 def _plain(path: Path) -> os.stat_result | None:
-    """What the system says of a plain file; None where there is none. Nothing else is opened: a pipe would hang."""
+    """What the system says of a plain file; None where there is none; raises UserError for what is neither."""
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the name
@@ -168,9 +168,34 @@ def _candidates(path: Path, kind: str) -> Iterator[Path]:
             yield from (Path(f"{form}.{case}") for case in (extension, extension.upper(), extension.capitalize()))
 
 
-def _read(path: Path, size: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(size + 1)
+def _read(path: Path, kind: str) -> bytes:
+    """The contents of the file that a name means; raises UserError as `find` does."""
+    try:
+        found = _contents(path)
+        return _contents(find(path, kind)[0]) or b"" if found is None else found
+    except OSError as error:
+        raise UserError(f"the file cannot be read ({error.strerror})") from error
+
+
+def _contents(path: Path) -> bytes | None:
+    """The contents of a plain file that is not too large; None for anything else. Nothing is waited for, as on a pipe.
+
+    By as few calls as can be: there are millions of files, and they may be far away.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > SAMPLE_BYTES:
+            return None
+        data = os.read(handle, found.st_size + 1)
+        while 0 < len(data) < found.st_size and (more := os.read(handle, found.st_size)):
+            data += more
+        return data
+    finally:
+        os.close(handle)
 
 
 def format_of(data: bytes, kind: str, name: str) -> str:

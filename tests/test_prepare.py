@@ -94,7 +94,7 @@ def test_a_missing_file_is_a_reject(tmp_path, name):
     assert "does not exist" in reason(tmp_path, "image", name) or len(name) > 255
 
 
-def test_what_is_no_plain_file_is_a_reject_and_never_opened(tmp_path):
+def test_what_is_no_plain_file_is_a_reject_and_never_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()
     assert "pipe" in reason(tmp_path, "image", "pipe.jpg")
@@ -134,6 +134,14 @@ def test_a_file_is_found_under_another_extension_case_or_form_of_unicode(tmp_pat
 def test_a_file_that_is_there_is_meant_whatever_lies_beside_it(tmp_path):
     write_media(tmp_path, a__jpg=b"one", a__png=b"another", a__JPG=b"third")
     assert find(tmp_path / "a.jpg", "image") == (tmp_path / "a.jpg", 3)
+
+
+def test_a_file_that_may_not_be_read_is_a_reject(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    (tmp_path / "a.jpg").write_bytes(PICTURE)
+    (tmp_path / "a.jpg").chmod(0o000)
+    assert "cannot be read" in reason(tmp_path, "image", "a.jpg")
 
 
 def test_several_files_that_may_be_meant_are_named(tmp_path):
