@@ -19,7 +19,7 @@ from data_prep.shards import write_manifest, write_shard
 from data_prep.toy_render import encode_jpeg, encode_mp4
 from vllava.batch import MediumSpec
 from vllava.data.build import conversation_data
-from vllava.data.datamodule import ShardDataset
+from vllava.data.datamodule import Piece, ShardDataset
 from vllava.data.media import decode_image
 from vllava.data.video import video_decoder
 from vllava.model.build import load_tokenizer
@@ -111,7 +111,7 @@ def _read(folder: Path) -> Callable[[], object]:
     rows = np.array([(0, index) for index in range(SAMPLES)])
 
     def read() -> object:
-        step = dataset[rows]
+        step = dataset[Piece(rows)]
         assert not step.broken, step.broken
         return step
 

@@ -254,7 +254,7 @@ def test_the_report_shows_that_a_question_was_not_scored(tmp_path):
     write_source(tmp_path / "s", [image_sample("first", 40)], per_shard=1)
     samples = list(read_samples(tmp_path / "s", decode, REMEDY))
     answers = [answer("red", None, key="first")]
-    write_report(tmp_path, "Run", metrics_of(answers, answers), sample_rows(samples, answers, decode.preprocess))
+    write_report(tmp_path, "Run", metrics_of(answers, answers), sample_rows(samples, answers))
     words = Page((tmp_path / "report.html").read_text()).words
     assert "not scored" in words and "truth" not in words and "None" not in words
 
@@ -373,7 +373,7 @@ def report(tmp_path):
     ]
     plot = tmp_path / "loss.png"
     plot.write_bytes(jpeg())
-    rows = sample_rows(samples, answers, decode.preprocess)
+    rows = sample_rows(samples, answers)
     metrics = metrics_of(answers, answers)
     write_report(tmp_path, "Run <1>", metrics, rows, {"stage 1": plot, "lost": tmp_path / "no.png"}, {"a fact": "<u>"})
     return (tmp_path / "report.html").read_text()
@@ -406,7 +406,7 @@ def test_the_report_gives_the_truth_beside_a_wrong_answer_only(report):
 def test_pictures_in_the_report_are_what_the_model_saw(tmp_path):
     decode = sample_decoder(SPECS)
     write_source(tmp_path / "s", [image_sample("a", 40), video_sample("b", 200)], per_shard=2)
-    image, video = (pictures(s, decode.preprocess) for s in read_samples(tmp_path / "s", decode, REMEDY))
+    image, video = (pictures(s) for s in read_samples(tmp_path / "s", decode, REMEDY))
     assert [len(image), len(video)] == [1, 8]
     for shown, shade in ((image, 40), (video, 200)):
         assert all(abs(value - shade) <= 3 for picture in shown for value in picture.getpixel((20, 30)))

@@ -205,8 +205,8 @@ def test_features_of_another_size_are_refused_by_name_of_the_sample(model, world
     data = data_of(model, world, features="cache")
     use_features(data, model, SETTINGS, half=False)
     specs = {**model.specs, "video": type(model.specs["video"])(32, 99, 4)}
-    other = conversation_data(specs, tokenizer, world, ["video"], 7, seed=0, workers=0)
-    other.shards = [shard for shard in data.shards if "videos" in str(shard.path)]
+    [folder] = {str(shard.path.parent) for shard in data.shards if "videos" in str(shard.path)}
+    other = conversation_data(specs, tokenizer, {"video": [folder]}, ["video"], 7, seed=0, workers=0)
     broken = [reason for step in other.train_dataloader() for _, reason in step.broken]
     assert len(broken) == 5 and "features of shape (20, 32), the model's video encoder gives 99" in broken[0]
 

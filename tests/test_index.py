@@ -49,10 +49,11 @@ def test_an_index_lists_every_member_where_a_tar_reader_finds_it(source):
 def test_an_index_says_what_a_sample_holds_before_it_is_decoded(source):
     facts = {entry.key: entry.facts for entry in entries_of(source)}
     said = sum(len(turn["value"]) for turn in talk())
-    assert facts["image"] == Facts((MediumFacts("image", 64, 64),), said, 2)
+    text = zlib.crc32(b"human\0<image>\nWhat is it?\0gpt\0a circle")
+    assert facts["image"] == Facts((MediumFacts("image", 64, 64),), said, 2, text)
     assert facts["video"].media == (MediumFacts("video", 64, 64, 8, 1.0),)
     assert facts["prepared"].media == (MediumFacts("video", 64, 64, 3),)
-    assert facts["text"] == Facts((), sum(len(turn["value"]) for turn in talk(placeholder="")), 2)
+    assert (facts["text"].media, facts["text"].characters) == ((), said - len("<image>\n"))
     assert [medium.kind for medium in facts["both"].media] == ["image", "video"]
     assert "placeholders and media differ" not in str(facts["broken"].broken)  # <image> without a medium is text
     assert facts["no-picture"].media == (MediumFacts("image"),)
@@ -72,8 +73,8 @@ def test_facts_are_the_same_without_an_index(source):
     without = ShardReader([shard], 1).facts(0)
     strip = [[medium.kind for medium in facts.media] for facts in with_index]
     assert strip == [[medium.kind for medium in facts.media] for facts in without]
-    assert [(f.characters, f.turns, f.broken) for f in with_index] == [
-        (f.characters, f.turns, f.broken) for f in without
+    assert [(f.characters, f.turns, f.text, f.broken) for f in with_index] == [
+        (f.characters, f.turns, f.text, f.broken) for f in without
     ]
 
 
@@ -108,7 +109,15 @@ def test_an_index_of_another_shard_is_refused(source, tmp_path):
 
 
 FIRST = {"version": 1, "shard": "00000.tar", "bytes": 1000, "samples": 1}
-GOOD = {"key": "a", "modality": "text", "files": {"json": [0, 10, 5]}, "characters": 1, "turns": 2, "media": []}
+GOOD = {
+    "key": "a",
+    "modality": "text",
+    "files": {"json": [0, 10, 5]},
+    "characters": 1,
+    "turns": 2,
+    "text": 7,
+    "media": [],
+}
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from shard_fixtures import image_file, jpeg, mp4
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 
 from data_prep.toy_render import encode_mp4
-from vllava.data.media import CLIP_MEAN, CLIP_STD, Preprocess, decode_image
+from vllava.data.media import Preprocess, decode_image
 from vllava.data.video import video_decoder
 from vllava.errors import UserError
+from vllava.pixels import CLIP_MEAN, CLIP_STD
 
 # --- images -----------------------------------------------------------------------------------------------------------
 

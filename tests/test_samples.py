@@ -34,7 +34,7 @@ def decode():
 def shades(sample):
     """The brightness of each frame of a sample's only video, as its encoder gets them."""
     [video] = sample.media
-    return video.pixels.mean((1, 2, 3)).tolist()
+    return video.pixels.float().mean((1, 2, 3)).tolist()
 
 
 # --- what a file is ---------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_what_is_wrong_with_a_medium_that_could_not_be_encoded_is_told_again(dec
 def test_an_image_of_a_lossless_file_has_its_pixels(decode):
     picture = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     [medium] = decode("k", members(("0.png", image_file(picture)))).media
-    again = decode.preprocess.image(Image.fromarray(picture), 32)
+    again = decode.preprocess.image_pixels(Image.fromarray(picture), 32)
     assert torch.equal(medium.pixels, again)
 
 

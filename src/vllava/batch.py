@@ -6,6 +6,8 @@ tokens of one medium, H W pixels, D hidden size of the LLM, E hidden size of an 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -35,6 +37,9 @@ class _Movable:
     def to(self: Self, device: Any, non_blocking: bool = False) -> Self:
         return self._map(lambda value: value.to(device, non_blocking=non_blocking))
 
+    def clone(self: Self) -> Self:
+        return self._map(lambda value: value.clone())
+
     def pin_memory(self: Self) -> Self:
         return self._map(lambda value: value.pin_memory())
 
@@ -61,7 +66,7 @@ class Batch(_Movable):
     labels: Tensor  # [T] int64; labels[t] is the target *at* t (the model shifts), IGNORE_INDEX where there is no loss
     position_ids: Tensor  # [T] int64
     cu_seqlens: Tensor  # [S + 1] int32
-    images: Tensor  # [N, 3, H, W], or features [N, P, E] that the encoder gave before
+    images: Tensor  # [N, 3, H, W] uint8 (floating point: normalised), or features [N, P, E] from the encoder
     videos: Tensor  # [N, F, 3, H, W], or features [N, P, E]
     image_slots: Tensor  # [N * P] int64
     video_slots: Tensor  # [N * P] int64
@@ -82,7 +87,7 @@ class Batch(_Movable):
 class CaptionBatch(_Movable):
     """Images or videos with one caption each, for contrastive or masked pre-training of encoders."""
 
-    pixels: Tensor  # [N, 3, H, W] or [N, F, 3, H, W]
+    pixels: Tensor  # [N, 3, H, W] or [N, F, 3, H, W], uint8
     token_ids: Tensor  # [N, L] int64, right-padded
     attention_mask: Tensor  # [N, L] int64
 
@@ -96,6 +101,23 @@ class Step(_Movable):
     broken: list[tuple[str, str]] = field(default_factory=list)  # (sample key, reason)
     tracebacks: dict[str, str] = field(default_factory=dict)  # by key, of those whose reason nobody foresaw
     dropped_turns: int = 0  # first turns from gpt, which no question came before
+    drawn: dict[int, int] = field(default_factory=dict)  # samples by the number of their source
+    more: bool = False  # whether this is but a part, and another one follows
+
+    @classmethod
+    def joined(cls, parts: Sequence[Step]) -> Step:
+        """The step that was prepared in parts."""
+        drawn: Counter[int] = Counter()
+        for part in parts:
+            drawn.update(part.drawn)
+        return cls(
+            micro_batches=[batch for part in parts for batch in part.micro_batches],
+            samples=sum(part.samples for part in parts),
+            broken=[item for part in parts for item in part.broken],
+            tracebacks={key: text for part in parts for key, text in part.tracebacks.items()},
+            dropped_turns=sum(part.dropped_turns for part in parts),
+            drawn=dict(drawn),
+        )
 
 
 def idle_batch() -> Batch:

@@ -173,7 +173,7 @@ class FeatureWriter:
             if pixels:
                 device = next(self.model.encoders.parameters()).device
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
-                    encoded = self.model.encoders[kind](torch.stack(pixels).to(device))
+                    encoded = self.model.features(kind, torch.stack(pixels).to(device))
                 given[kind] = iter(encoded.to("cpu", self._dtype).contiguous().unbind())
         return given
 

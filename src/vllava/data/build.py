@@ -9,6 +9,7 @@ from vllava.conversation import ends_of_turn
 from vllava.conversation import template as find_template
 from vllava.data.datamodule import DataModule
 from vllava.data.media import Preprocess
+from vllava.data.mixture import Source, portions
 from vllava.data.packing import CaptionPairs, ConversationPacker
 from vllava.data.samples import SampleDecoder
 from vllava.data.video import video_decoder
@@ -19,15 +20,15 @@ MODALITIES = ("image", "video", "text")
 FEATURES = ("online", "cache")
 
 
-def _chosen(sources: dict[str, list[str]], modalities: list[str]) -> list[str]:
-    """The folders of the wanted modalities."""
+def _chosen(sources: dict[str, list[str]], modalities: list[str]) -> list[Source]:
+    """The sources of the wanted modalities."""
     unknown = sorted((set(modalities) | set(sources)) - set(MODALITIES))
     if unknown:
         raise UserError(f"No modality is called {', '.join(unknown)}; there are: {', '.join(MODALITIES)}.")
     for kind, folders in sources.items():
         if not isinstance(folders, list):
             raise UserError(f"data.sources.{kind} is a list of folders: data.sources.{kind}=[FOLDER, …]")
-    return [folder for kind in modalities for folder in sources.get(kind, [])]
+    return [Source(kind, folder) for kind in modalities for folder in sources.get(kind, [])]
 
 
 def conversation_packer(
@@ -70,12 +71,14 @@ def conversation_data(
     num_frames: int | None = None,
     features: str = "online",
     frame_sampling: str = "index",
+    mixture: dict[str, Any] | None = None,
 ) -> DataModule:
     """Conversations in packed micro-batches, for the stages and for training a language model.
 
     sources: modality -> folders of shards; only `modalities` are used. num_frames: frames of a video, which
     the video encoder decides; raises UserError if it takes another number. features: "online" or "cache", see
-    vllava.features. frame_sampling: "index" or "time", see vllava.data.video. See DataModule, ConversationPacker,
+    vllava.features. frame_sampling: "index" or "time", see vllava.data.video. mixture: how much of each source an epoch
+    holds, see vllava.data.mixture. See DataModule, ConversationPacker,
     Preprocess and SampleDecoder for the other settings.
     """
     if num_frames and "video" in specs and specs["video"].frames != num_frames:
@@ -85,8 +88,9 @@ def conversation_data(
         )
     if features not in FEATURES:
         raise UserError(f"data.features={features!r} is not known; there are: {', '.join(FEATURES)}.")
+    chosen = _chosen(sources, modalities)
     return DataModule(
-        _chosen(sources, modalities),
+        [source.folder for source in chosen],
         sample_decoder(specs, image_fit, decoder, frame_sampling),
         conversation_packer(specs, tokenizer, template, max_length, token_budget, template_options),
         global_batch,
@@ -95,6 +99,7 @@ def conversation_data(
         workers,
         shuffle_window,
         features == "cache",
+        portions(mixture, chosen),
     )
 
 
@@ -115,7 +120,7 @@ def caption_data(
 ) -> DataModule:
     """Media with captions, a global batch at a time, for pre-training encoders."""
     return DataModule(
-        _chosen(sources, modalities),
+        [source.folder for source in _chosen(sources, modalities)],
         sample_decoder(specs, image_fit, decoder, frame_sampling),
         CaptionPairs(tokenizer, max_length),
         global_batch,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from vllava.batch import MEDIA_KINDS
-from vllava.conversation import Message
 from vllava.data.frames import measure
 from vllava.data.picture import image_size
 from vllava.data.record import MediumFile, parse
@@ -55,12 +54,14 @@ class MediumFacts(NamedTuple):
 class Facts:
     """What is known of a sample before it is decoded: what it says, and its media in placeholder order.
 
-    characters, turns: of its conversation; broken: why it is no sample, where it is none.
+    characters, turns: of its conversation; text: its CRC-32, by which equal ones are found; broken: why it is no
+    sample, where it is none.
     """
 
     media: tuple[MediumFacts, ...] = ()
     characters: int = 0
     turns: int = 0
+    text: int = 0
     broken: str | None = None
 
     @property
@@ -103,11 +104,10 @@ def facts_of(files: dict[str, bytes], probe: bool = True) -> Facts:
         _medium(kind, file) if probe else MediumFacts(kind)
         for kind, file in zip(parsed.kinds, parsed.files, strict=True)
     )
-    return Facts(media, *_extent(parsed.conversation))
-
-
-def _extent(conversation: list[Message]) -> tuple[int, int]:
-    return sum(len(message["value"]) for message in conversation), len(conversation)
+    conversation = parsed.conversation
+    characters = sum(len(message["value"]) for message in conversation)
+    spoken = "\0".join(f"{message['from']}\0{message['value']}" for message in conversation)
+    return Facts(media, characters, len(conversation), zlib.crc32(spoken.encode()))
 
 
 def _medium(kind: str, file: MediumFile) -> MediumFacts:
@@ -141,7 +141,7 @@ def _line(entry: Entry) -> str:
     if facts.broken is not None:
         said["broken"] = facts.broken
     else:
-        said |= {"characters": facts.characters, "turns": facts.turns}
+        said |= {"characters": facts.characters, "turns": facts.turns, "text": facts.text}
         said["media"] = [{k: v for k, v in medium._asdict().items() if v is not None} for medium in facts.media]
     return _JSON.encode(said)
 
@@ -185,7 +185,7 @@ def _entry(said: dict[str, Any], size: int) -> Entry:
     if "broken" in said:
         return Entry(key, files, Facts(broken=str(said["broken"])))
     media = tuple(_checked(MediumFacts(**medium)) for medium in said["media"])
-    counts = said["characters"], said["turns"]
+    counts = said["characters"], said["turns"], said["text"]
     if not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError(f"{key} has counts that are none")
     return Entry(key, files, Facts(media, *counts))

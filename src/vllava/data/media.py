@@ -1,4 +1,4 @@
-"""Pictures to normalised pixels: resize, crop or pad, normalise. No augmentation. Files: see picture.py, video.py."""
+"""Pictures to pixels: resize, crop or pad. No augmentation. Files: see picture.py, video.py."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from torch import Tensor
 
 from vllava.data.picture import decode_image
 from vllava.errors import UserError
+from vllava.pixels import CLIP_MEAN, CLIP_STD, normalised
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "FITS", "Preprocess", "decode_image"]
 
-# CLIP's normalisation, which LanguageBind keeps.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FITS = ("crop", "pad")
 BAND = 512  # rows of a padded picture that are in memory at a time
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Pictures to normalised pixels.
+    """Pictures to pixels of an encoder's size.
 
     `fit` is "crop" (short side to the size, centre crop: the paper, 4.1.3) or "pad" (pad to a square with
     the mean colour, then resize: the original's second stage). Frames of videos are always cropped.
@@ -38,13 +36,21 @@ class Preprocess:
         if self.fit not in FITS:
             raise UserError(f"data.image_fit={self.fit!r} is not known; there are: {', '.join(FITS)}.")
 
+    def image_pixels(self, picture: Image.Image, size: int) -> Tensor:
+        """One picture as [3, size, size] uint8: what travels to the device, which normalises it."""
+        return _stacked([self._pad(picture, size) if self.fit == "pad" else _crop(picture, size)])[0]
+
+    def video_pixels(self, pictures: Sequence[Image.Image], size: int) -> Tensor:
+        """Frames as [F, 3, size, size] uint8."""
+        return _stacked([_crop(picture, size) for picture in pictures])
+
     def image(self, picture: Image.Image, size: int) -> Tensor:
-        """One picture as [3, size, size]."""
-        return self._normalise([self._pad(picture, size) if self.fit == "pad" else _crop(picture, size)])[0]
+        """One picture as an encoder takes it, [3, size, size] float32."""
+        return normalised(self.image_pixels(picture, size), self.mean, self.std)
 
     def video(self, pictures: Sequence[Image.Image], size: int) -> Tensor:
-        """Frames as [F, 3, size, size]."""
-        return self._normalise([_crop(picture, size) for picture in pictures])
+        """Frames as an encoder takes them, [F, 3, size, size] float32."""
+        return normalised(self.video_pixels(pictures, size), self.mean, self.std)
 
     def _pad(self, picture: Image.Image, size: int) -> Image.Image:
         """The picture in the middle of a square of the mean colour, resized to `size`.
@@ -63,11 +69,10 @@ class Preprocess:
             narrow.paste(band.resize((size, band.height), Image.Resampling.BICUBIC), (0, top + row))
         return narrow.resize((size, size), Image.Resampling.BICUBIC)
 
-    def _normalise(self, pictures: list[Image.Image]) -> Tensor:
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
-        # One pass over memory in the layout that is wanted, then two in place: (x / 255 - mean) / std
-        return pixels.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / (255 * std)).sub_(mean / std)
+
+def _stacked(pictures: list[Image.Image]) -> Tensor:
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def _crop(picture: Image.Image, size: int) -> Image.Image:

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllava.batch import IGNORE_INDEX, Batch, CaptionBatch, MediumSpec, empty_images, empty_videos
-from vllava.conversation import PLACEHOLDER_IDS, EncodedConversation, Template, encode, ends_of_turn
+from vllava.conversation import PLACEHOLDER_IDS, EncodedConversation, Message, Template, encode, ends_of_turn
+from vllava.data.deal import Deal, among_ranks, every_nth, into_rows
+from vllava.data.lengths import Lengths
 from vllava.data.samples import Medium, Sample
+from vllava.data.shards import Shard
 from vllava.errors import UserError
 
 
@@ -123,6 +127,22 @@ class ConversationPacker:
         """Micro-batches in the given order, each closed before it would exceed the token budget."""
         return pack_rows(samples, self.token_budget)
 
+    def deal(self, shards: list[Shard]) -> Deal:
+        """Shares a global batch out so that ranks, and the rows of a rank, have nearly the same to do."""
+        lengths = Lengths(shards, self.specs, self._text_tokens)
+
+        def share_out(rows: np.ndarray, ranks: int) -> list[list[np.ndarray]]:
+            costs = lengths.costs(rows)
+            shares = among_ranks(costs, ranks)
+            dealt = into_rows([costs[share, 0] for share in shares], self.token_budget)
+            return [[rows[share[row]] for row in own] for share, own in zip(shares, dealt, strict=True)]
+
+        return share_out
+
+    def _text_tokens(self, conversation: list[Message]) -> int:
+        encoded = encode(conversation, self.tokenizer, self.template)
+        return len(encoded.token_ids) - len(encoded.media)
+
 
 @dataclass(frozen=True)
 class CaptionPairs:
@@ -149,3 +169,7 @@ class CaptionPairs:
         ids = torch.tensor([ids + [pad] * (longest - len(ids)) for _, ids in pairs])
         mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for _, ids in pairs])
         return [CaptionBatch(torch.stack([pixels for pixels, _ in pairs]), ids, mask)]
+
+    def deal(self, shards: list[Shard]) -> Deal:
+        """Every n-th sample to a rank, all of them together: each is compared with the others."""
+        return every_nth

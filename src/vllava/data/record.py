@@ -47,10 +47,27 @@ class Parsed:
     files: list[MediumFile]  # in placeholder order
     kinds: list[str]  # of the files
 
+    @property
+    def frame_times(self) -> list[tuple[float, ...]]:
+        """When the prepared frames of each medium are shown, in seconds, where the record says so.
+
+        The record's form: {"frame_times": {"0": [0.0, 0.5, …]}}, by the medium's number.
+        """
+        said = self.record.get("frame_times")
+        listed = [said.get(str(number)) if isinstance(said, dict) else None for number in range(len(self.files))]
+        return [_times(times, file) for times, file in zip(listed, self.files, strict=True)]
+
+
+def _times(said: object, file: MediumFile) -> tuple[float, ...]:
+    """What a record says of a medium's frames, if it can be true."""
+    if not file.prepared or not isinstance(said, list) or len(said) != len(file.data):
+        return ()
+    return tuple(map(float, said)) if all(type(time) in (int, float) for time in said) else ()
+
 
 def parse(members: dict[str, bytes]) -> Parsed:
     """Members by extension to a record, a conversation and media files; raises UserError for what is no sample."""
-    record = _record(members)
+    record = read_record(members)
     conversation, dropped = read_conversation(record)
     files = _media_files(members)
     for kind in MEDIA_KINDS:
@@ -60,7 +77,8 @@ def parse(members: dict[str, bytes]) -> Parsed:
     return Parsed(record, conversation, dropped, files, kinds)
 
 
-def _record(members: dict[str, bytes]) -> dict:
+def read_record(members: dict[str, bytes]) -> dict:
+    """The record of a sample; raises UserError where it has none that can be read."""
     if "json" not in members:
         raise UserError("no readable JSON record: the sample has no member KEY.json")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import safetensors.torch
@@ -21,10 +22,11 @@ BROKEN = "broken"  # instead of media that could not be read: the reason
 
 @dataclass(frozen=True)
 class Medium:
-    """An image [3, H, W] or a video [F, 3, H, W], or what its encoder made of it [P, E]."""
+    """An image [3, H, W] or a video [F, 3, H, W], uint8 (or normalised), or what its encoder made of it [P, E]."""
 
     kind: str
     pixels: Tensor
+    times: tuple[float, ...] = field(default=(), compare=False)  # of a video's frames, in seconds, where they are known
 
 
 @dataclass(frozen=True)
@@ -56,24 +58,26 @@ class SampleDecoder:
         if BROKEN in members:
             raise UserError(members[BROKEN].decode(errors="replace"))
         parsed = parse(members)
-        media = [self._medium(kind, file) for kind, file in zip(parsed.kinds, parsed.files, strict=True)]
+        media = [self._medium(*medium) for medium in zip(parsed.kinds, parsed.files, parsed.frame_times, strict=True)]
         return Sample(key, parsed.conversation, media, parsed.record, parsed.dropped_turns)
 
     def image(self, data: bytes) -> Medium:
         """An image file as the model takes it; raises UserError if it cannot be read or the model takes none."""
-        return Medium("image", self.preprocess.image(decode_image(data), self._spec("image").size))
+        return Medium("image", self.preprocess.image_pixels(decode_image(data), self._spec("image").size))
 
     def video(self, data: bytes) -> Medium:
         """A video file as the model takes it; raises UserError if it cannot be read or the model takes none."""
         spec = self._spec("video")
-        return Medium("video", self.preprocess.video(self.video_decoder(data, spec.frames), spec.size))
+        clip = self.video_decoder(data, spec.frames)
+        return Medium("video", self.preprocess.video_pixels(clip, spec.size), tuple(clip.times))
 
-    def frames(self, files: list[bytes]) -> Medium:
+    def frames(self, files: list[bytes], times: Sequence[float] = ()) -> Medium:
         """A video whose frames were taken at preparation time."""
         spec = self._spec("video")
         if len(files) != spec.frames:
             raise UserError(f"{len(files)} prepared frames, the model takes {spec.frames}")
-        return Medium("video", self.preprocess.video([decode_image(data) for data in files], spec.size))
+        pictures = [decode_image(data) for data in files]
+        return Medium("video", self.preprocess.video_pixels(pictures, spec.size), tuple(times))
 
     def features(self, kind: str, data: bytes) -> Medium:
         """A medium that was encoded before."""
@@ -87,14 +91,14 @@ class SampleDecoder:
             raise UserError(f"{kind} features that are no finite numbers of 16 or 32 bits")
         return Medium(kind, features)
 
-    def _medium(self, kind: str, file: MediumFile) -> Medium:
+    def _medium(self, kind: str, file: MediumFile, times: Sequence[float]) -> Medium:
         if file.kind not in (None, kind):
             held = f"frames or features of a medium of kind {file.kind}"
             raise UserError(f"the text shows <{kind}>, the sample holds {held}")
         if file.features_of:
             return self.features(kind, file.data[0])
         if file.prepared:
-            return self.frames(file.data)
+            return self.frames(file.data, times)
         return self.image(file.data[0]) if kind == "image" else self.video(file.data[0])
 
     def _spec(self, kind: str) -> MediumSpec:

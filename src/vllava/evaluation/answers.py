@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from vllava.conversation import without_media
 from vllava.data.broken import printable, why
-from vllava.data.media import Preprocess
 from vllava.data.packing import ConversationPacker, pack
 from vllava.data.samples import Medium, Sample, SampleDecoder
 from vllava.data.shards import ShardReader, read_manifest
@@ -130,7 +128,7 @@ def encoded(model: VideoLlava, medium: Medium) -> Medium:
     """A medium as its encoder sees it, for several questions about it."""
     device = next(model.parameters()).device
     with autocast():
-        return Medium(medium.kind, model.encoders[medium.kind](medium.pixels[None].to(device))[0].cpu())
+        return Medium(medium.kind, model.features(medium.kind, medium.pixels[None].to(device))[0].cpu())
 
 
 def ask(
@@ -181,19 +179,14 @@ def _answer(sample: Sample, text: str) -> Answer:
     )
 
 
-def pictures(sample: Sample, preprocess: Preprocess, frames: int = 8) -> list[Image.Image]:
+def pictures(sample: Sample, frames: int = 8) -> list[Image.Image]:
     """What the model saw of a sample: its images, and `frames` frames of its videos."""
     shown = []
     for medium in sample.media:
         stack = medium.pixels if medium.kind == "video" else medium.pixels[None]
         chosen = np.linspace(0, len(stack) - 1, min(frames, len(stack))).astype(int)
-        shown += [_picture(stack[i], preprocess) for i in chosen]
+        shown += [Image.fromarray(stack[i].permute(1, 2, 0).numpy()) for i in chosen]
     return shown
-
-
-def _picture(pixels: Tensor, preprocess: Preprocess) -> Image.Image:
-    mean, std = (torch.tensor(v)[:, None, None] for v in (preprocess.mean, preprocess.std))
-    return Image.fromarray(((pixels * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
 
 
 def data_uri(picture: Image.Image) -> str:

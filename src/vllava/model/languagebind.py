@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer, CLIPVisionEmbeddings
 
+from vllava.pixels import normalised
+
 
 class TemporalLayer(CLIPEncoderLayer):
     """A CLIP layer that first attends over the frames at each token position (LanguageBind's `add_time_attn`).
@@ -87,9 +89,9 @@ class LanguageBind(CLIPModel):
             self.post_init()
 
     def embed_media(self, pixels: Tensor) -> Tensor:
-        """Images [N, 3, H, W] or videos [N, F, 3, H, W] to unit vectors [N, D]."""
+        """Images [N, 3, H, W] or videos [N, F, 3, H, W], uint8 or normalised, to unit vectors [N, D]."""
         frames = pixels.shape[1] if pixels.dim() == 5 else 1
-        pooled = self.vision_model(pixels.flatten(0, -4)).pooler_output
+        pooled = self.vision_model(normalised(pixels.flatten(0, -4))).pooler_output
         embedded = self.visual_projection(pooled.unflatten(0, (-1, frames)).mean(1))
         return nn.functional.normalize(embedded.float(), dim=-1)
 

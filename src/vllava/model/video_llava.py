@@ -16,6 +16,7 @@ from vllava.model.encoders import Encoder
 from vllava.model.loss import CHUNK, PLAIN_HEADS, chunked_cross_entropy
 from vllava.model.projector import projector
 from vllava.model.splice import splice
+from vllava.pixels import normalised
 
 
 class VideoLlava(nn.Module):
@@ -71,15 +72,17 @@ class VideoLlava(nn.Module):
         self.encoders.eval()
         return self
 
+    @torch.no_grad()
+    def features(self, kind: str, pixels: Tensor) -> Tensor:
+        """Images [N, 3, H, W] or videos [N, F, 3, H, W], uint8 or normalised, to what the encoder gives, [N, P, E]."""
+        return self.encoders[kind](normalised(pixels))
+
     def encode(self, kind: str, pixels: Tensor) -> Tensor:
         """Images [N, 3, H, W] or videos [N, F, 3, H, W] to projected visual tokens [N, P, D] (equation 1).
 
         Features [N, P, E] that the encoder gave before are projected as they are.
         """
-        if pixels.ndim > 3:
-            with torch.no_grad():
-                pixels = self.encoders[kind](pixels)
-        return self.projector(pixels)
+        return self.projector(self.features(kind, pixels) if pixels.ndim > 3 else pixels)
 
     def embed(self, batch: Batch) -> Tensor:
         """The packed row as embeddings [T, D], visual tokens spliced in at their slots."""

@@ -10,6 +10,7 @@ from transformers import ViTMAEForPreTraining
 
 from vllava.batch import CaptionBatch, MediumSpec
 from vllava.model.files import save_half
+from vllava.pixels import normalised
 from vllava.training.task import Task
 
 
@@ -19,7 +20,7 @@ class Masked(Task):
     model: ViTMAEForPreTraining
 
     def loss_sum(self, batch: CaptionBatch) -> Tensor:
-        return self.model(batch.pixels).loss * len(batch.pixels)
+        return self.model(normalised(batch.pixels)).loss * len(batch.pixels)
 
     def loss_terms(self, batch: CaptionBatch) -> int:
         return len(batch.pixels)

@@ -28,6 +28,7 @@ _COUNTS = (
     "samples_broken",
     "turns_dropped",
     "broken_by_shard",
+    "drawn",
 )  # what a checkpoint keeps of them
 
 
@@ -91,6 +92,8 @@ class Task(L.LightningModule):
         # By all ranks together; samples that were seen include the broken ones.
         self.samples_seen = self.samples_broken = self.turns_dropped = 0
         self.broken_by_shard: dict[str, int] = {}
+        self.sources: list[str] = []  # of the data, by their number
+        self.drawn: list[int] = []  # samples of each
         self.seed = torch.initial_seed()
 
     def loss_sum(self, batch: Any) -> Tensor:
@@ -138,17 +141,24 @@ class Task(L.LightningModule):
         return {name: self.whole[name] for name in trained} if self.whole else trained
 
     def on_train_start(self) -> None:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        self.sources = list(getattr(data, "sources", []))
+        self.drawn = self.drawn or [0] * len(self.sources)
         self.model.train()  # models come from disk in evaluation mode, and Lightning leaves modes as they are
         if self.trainer.is_global_zero:
             self.broken_list.start(self.global_step)
 
     def training_step(self, step: Step, index: int) -> None:
         terms = sum(self.loss_terms(batch) for batch in step.micro_batches)
-        counts = [terms, step.samples, len(step.broken), step.dropped_turns]
+        drawn = [step.drawn.get(source, 0) for source in range(len(self.sources))]
+        counts = [terms, step.samples, len(step.broken), step.dropped_turns, *drawn]
         summed = self.trainer.strategy.reduce(
             torch.tensor(counts, dtype=torch.float32, device=self.device), reduce_op="sum"
         )
-        self._count(step, *map(int, summed[1:].tolist()))
+        counted = list(map(int, summed.tolist()))
+        self._require_whole(counted[1])
+        self._count(step, *counted[1:4])
+        self.drawn = [before + now for before, now in zip(self.drawn, counted[4:], strict=True)]
         # Dropout and masks follow from the step alone: a resumed run draws what an undisturbed one would.
         torch.manual_seed(self.seed + self.global_step * self.trainer.world_size + self.global_rank)
         total = summed[0].clamp(min=1)
@@ -159,7 +169,8 @@ class Task(L.LightningModule):
         batches = [*step.micro_batches, *[None] * (max(turns, 1) - len(step.micro_batches))]
         for number, batch in enumerate(batches):
             with nullcontext() if number == len(batches) - 1 else self._without_sync():
-                part = self.idle_loss() if batch is None else self.loss_sum(batch)
+                # A micro-batch at a time lies on the device: from pinned memory, while it still computes.
+                part = self.idle_loss() if batch is None else self.loss_sum(batch.to(self.device, non_blocking=True))
                 # Gradients are averaged over ranks: times world_size makes that average a sum.
                 part = part * (self.trainer.world_size / total)
                 self.manual_backward(part)
@@ -236,6 +247,19 @@ class Task(L.LightningModule):
         epochs, rest = divmod(self._planned_steps(), data.steps_per_epoch)
         return epochs * data.samples + rest * data.global_batch
 
+    def _require_whole(self, samples: int) -> None:
+        """Raises UserError unless the ranks' shares are a global batch together: each has dealt it out by itself."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "steps_per_epoch"):
+            return
+        batch = self.global_step % data.steps_per_epoch
+        expected = min(data.global_batch, data.samples - batch * data.global_batch)
+        if samples != expected:
+            raise UserError(
+                f"Step {self.global_step + 1} has {samples} samples over all ranks, where its global batch has "
+                f"{expected}: the ranks see different shards or indexes. Give all of them the same files."
+            )
+
     def _mixed_shards(self) -> int:
         """How many shards are mixed at a time, 0 if all of them are."""
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -278,6 +302,8 @@ class Task(L.LightningModule):
         """What a run's figures say about its samples, with a warning if more were broken than the limit allows."""
         seen, broken = self.samples_seen, self.samples_broken
         facts: dict[str, Any] = {"samples": seen, "broken": broken, "dropped_first_turns": self.turns_dropped}
+        if len(self.sources) > 1:
+            facts["mixture"] = dict(zip(self.sources, self.drawn, strict=True))
         if broken > self.max_broken_share * seen:
             facts["warning"] = (
                 f"{broken} of {seen} samples ({broken / seen:.2%}) were broken and left out, more than "
