@@ -18,7 +18,7 @@ from data_prep.blocks import Outcome, Reject
 
 EXAMPLES = 3  # of each reason
 REASONS = 100  # different ones that are told apart
-_AT_ONCE = 1 << 22  # hashes of ids that are in memory at a time
+_AT_ONCE = 1 << 19  # hashes of ids that are in memory at a time
 # What differs between two rejects of one kind: quoted names, numbers, a library's words about the file at hand.
 _DETAIL = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d.,]*")
 

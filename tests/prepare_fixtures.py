@@ -6,11 +6,12 @@ import os
 import tarfile
 from pathlib import Path
 
+from shard_fixtures import jpeg, mp4, talk
+
 from data_prep.annotations import Dataset
 from data_prep.executors import LocalProcesses
 from data_prep.media import MediaSettings
 from data_prep.prepare import Preparation, prepare
-from tests.shard_fixtures import jpeg, mp4, talk
 
 ROOT = Path(__file__).parents[1]
 

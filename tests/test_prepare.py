@@ -13,17 +13,8 @@ import unicodedata
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from data_prep import blocks, workplace
-from data_prep.annotations import Dataset
-from data_prep.executors import LocalProcesses, RayCluster
-from data_prep.media import MediaSettings, choice, find, format_of, frames_of, load
-from data_prep.prepare import look, main, prepare
-from data_prep.rows import MediaRef
-from data_prep.summary import Ids
-from data_prep.verify import verify
-from tests.picture_fixtures import encoded as picture_file
-from tests.prepare_fixtures import (
+from picture_fixtures import encoded as picture_file
+from prepare_fixtures import (
     ROOT,
     contents,
     environment,
@@ -37,8 +28,17 @@ from tests.prepare_fixtures import (
     write_media,
     write_rows,
 )
-from tests.shard_fixtures import audio_file, jpeg, mp4
-from tests.video_files import encoded as video_file
+from shard_fixtures import audio_file, jpeg, mp4
+from video_files import encoded as video_file
+
+from data_prep import blocks, workplace
+from data_prep.annotations import Dataset
+from data_prep.executors import LocalProcesses, RayCluster
+from data_prep.media import MediaSettings, choice, find, format_of, frames_of, load
+from data_prep.prepare import look, main, prepare
+from data_prep.rows import MediaRef
+from data_prep.summary import Ids
+from data_prep.verify import verify
 from vllava.data.picture import decode_image
 from vllava.data.shards import ShardReader, read_manifest
 from vllava.data.video import video_decoder

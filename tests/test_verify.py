@@ -5,11 +5,11 @@ import os
 import shutil
 
 import pytest
+from prepare_fixtures import many, prepared
+from shard_fixtures import image_sample, jpeg, talk, text_sample, video_sample, write_source
 
 from data_prep.executors import LocalProcesses
 from data_prep.verify import main, verify
-from tests.prepare_fixtures import many, prepared
-from tests.shard_fixtures import image_sample, jpeg, talk, text_sample, video_sample, write_source
 
 
 @pytest.fixture(scope="module")
