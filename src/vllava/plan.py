@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, PreTrainedConfig, ViTMAEConfig
 
 from vllava.config import composed
+from vllava.data.patience import Remote
 from vllava.data.shards import read_sources
 from vllava.errors import UserError, stop
 from vllava.model.encoders import depth_of, vision_config
@@ -260,7 +261,7 @@ def _recipe(settings: dict[str, Any]) -> dict[str, Any]:
 def counted(data: dict[str, Any]) -> dict[str, int]:
     """The samples of each modality in a configuration's shards; raises UserError where there are none."""
     return {
-        kind: sum(shard.samples for shard in read_sources(folders, data["remedy"]))
+        kind: sum(shard.samples for shard in read_sources(folders, data["remedy"], Remote.of(data.get("cache"))))
         for kind, folders in data["sources"].items()
         if kind in data["modalities"]
     }

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vllava.chain import run_apart, run_chain
 from vllava.config import check
+from vllava.data.address import shown
 from vllava.errors import UserError
 from vllava.evaluation.preview import Preview
 from vllava.evaluation.report import write_report
@@ -113,8 +114,8 @@ def train(cfg: DictConfig) -> None:
         halved = halve_frozen(model, llm="Fsdp" not in str(cfg.trainer.strategy))  # FSDP2 wants one type in a layer
     preview = None
     if settings["preview"]:
-        shown = {kind: folders for kind, folders in settings["preview"].items() if kind != "remedy"}
-        preview = Preview(shown, task.specs, tokenizer, settings, settings["preview"]["remedy"])
+        asked = {kind: folders for kind, folders in settings["preview"].items() if kind != "remedy"}
+        preview = Preview(asked, task.specs, tokenizer, settings, settings["preview"]["remedy"])
     announce(cfg, task, data)
     history = History(run_dir)
     trainer = build_trainer(cfg, settings, [Throughput(), history, progress_bar()], task)
@@ -169,7 +170,7 @@ def announce(cfg: DictConfig, task: Task, data: Any) -> None:
         print(f"starts from {cfg.projector}")
     for folder, size, drawn in zip(data.sources, data.sizes, data.draws, strict=True):
         mixed = "" if drawn == size else f", {drawn:,} in an epoch ({drawn / data.samples:.1%} of it)"
-        print(f"{folder}: {size:,} samples{mixed}")
+        print(f"{shown(folder)}: {size:,} samples{mixed}")
     print(f"{steps}; run folder {cfg.run_dir}", flush=True)
 
 

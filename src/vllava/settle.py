@@ -9,6 +9,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from vllava.data.address import shown
 from vllava.errors import UserError, require_known
 from vllava.sources import MODALITIES, REMEDY, STAGES, Folders, folders, questions, united
 
@@ -59,7 +60,7 @@ def settle(cfg: DictConfig) -> None:
         _settle_evaluation(cfg, held_out, own, toy.get("evaluation", {}))
         trained = {folder for sources in named.values() for listed in sources.values() for folder in listed}
         for folder in [f for asked in _asked(cfg).values() for f in asked.values() if f in trained]:
-            log.warning("%s is evaluated on and trained on: its figures say what was learnt by heart", folder)
+            log.warning("%s is evaluated on and trained on: its figures say what was learnt by heart", shown(folder))
 
 
 def _settle_preview(cfg: DictConfig, held_out: Folders, own: bool, toys: dict | None) -> None:
