@@ -10,6 +10,7 @@ from shard_fixtures import image_sample, jpeg, talk, text_sample, video_sample, 
 
 from data_prep.executors import LocalProcesses
 from data_prep.verify import main, verify
+from vllava.data.index import read_index, write_index
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +104,10 @@ def test_an_index_of_another_shard_is_found(shards):
 
 
 def test_an_index_that_leads_elsewhere_is_found(shards):
-    path = shards / "00000.tar.index"
-    head, first, *lines = path.read_text().splitlines()
-    entry = json.loads(first)
-    entry["files"] = {name: [place[0] + 512, *place[1:]] for name, place in entry["files"].items()}
-    path.write_text("\n".join([head, json.dumps(entry), *lines, ""]))
+    path, size = shards / "00000.tar.index", (shards / "00000.tar").stat().st_size
+    first, *others = read_index(path, size)
+    moved = {name: place._replace(offset=place.offset + 512) for name, place in first.files.items()}
+    write_index(path, "00000.tar", size, [first._replace(files=moved), *others])
     assert any("its index does not say where its members lie" in problem for problem in problems(shards))
 
 
