@@ -1,5 +1,7 @@
 """Train, or evaluate, one configuration: `python train.py +experiment=stage2`. See conf/ for what can be run."""
 
+import sys
+
 import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
@@ -7,6 +9,7 @@ from omegaconf import DictConfig
 from vllava.config import register_resolvers
 from vllava.errors import UserError, stop
 from vllava.run import run
+from vllava.sources import check_spelling
 
 register_resolvers()
 
@@ -25,4 +28,8 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    try:
+        check_spelling(sys.argv[1:])
+    except UserError as error:
+        stop(error)
     main()

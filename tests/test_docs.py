@@ -11,7 +11,14 @@ from data_prep.toy_render import encode_jpeg, encode_mp4, render
 from data_prep.toy_scene import draw_clip, draw_picture
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/architecture.md", "docs/library.md", "docs/fidelity.md", "data_prep/README.md"]
+PAGES = [
+    "README.md",
+    "docs/architecture.md",
+    "docs/library.md",
+    "docs/fidelity.md",
+    "docs/data.md",
+    "data_prep/README.md",
+]
 
 
 def test_library_page_runs(checkpoint, tmp_path):

@@ -9,13 +9,16 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from vllava.config import run_name
+from vllava.config import EVALUATE, NAME_HELD_OUT, run_name
+from vllava.data.shards import read_sources
 from vllava.data.writing import write_json
 from vllava.errors import UserError
+from vllava.sources import REMEDY
 
 CHAIN = "unfinished.json"  # in a chain's folder while it is: what is done
 
@@ -48,13 +51,15 @@ def quoted(key: str, path: str | Path) -> str:
 def run_chain(cfg: DictConfig) -> None:
     """Run the experiments of a chain one after the other, each in a folder of its own below the run's.
 
-    Started again with the same overrides, an unfinished chain goes on with the part it was in. Raises UserError if
-    they are others.
+    The evaluation is left out where the data are a user's own and no held-out shards are named. Started again with the
+    same overrides, an unfinished chain goes on with the part it was in. Raises UserError if they are others.
     """
     folder = Path(cfg.run_dir)
     overrides = sorted(HydraConfig.get().overrides.task)
     seconds = done_parts(folder, overrides)
-    for experiment in cfg.chain:
+    require_folders(cfg)
+    parts = [experiment for experiment in cfg.chain if experiment != EVALUATE or cfg.evaluation]
+    for experiment in parts:
         part = folder / run_name(experiment, cfg.ablation, cfg.seed)
         if experiment in seconds:
             print(f"{experiment}: was done already, in {part}", flush=True)
@@ -67,7 +72,19 @@ def run_chain(cfg: DictConfig) -> None:
     if (part / "report.html").is_file():
         shutil.copy(part / "report.html", folder / "report.html")
     (folder / CHAIN).unlink()
+    if len(parts) < len(cfg.chain):
+        print(f"{cfg.experiment}: nothing was evaluated, for no held-out shards are named. {NAME_HELD_OUT}")
     print(f"{cfg.experiment}: done in {seconds['total']:.0f} s; figures and report in {folder}")
+
+
+def require_folders(cfg: DictConfig) -> None:
+    """Raises UserError, before the first part starts, if shards are missing that a user named for any of them."""
+    settings: Any = OmegaConf.to_container(cfg, resolve=False)
+    preview, asked = settings["preview"] or {}, (settings["evaluation"] or {}).get("sources") or {}
+    named = [*settings["data"]["sources"].values(), *(listed for key, listed in preview.items() if key != "remedy")]
+    named += [named_folders.values() for named_folders in asked.values() if named_folders]
+    for folder in dict.fromkeys(folder for listed in named for folder in listed):
+        read_sources([folder], REMEDY)
 
 
 def done_parts(folder: Path, overrides: list[str]) -> dict[str, float]:

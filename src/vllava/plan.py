@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, PreTrainedConfig, ViTMAEConfig
 
-from vllava.config import CONF, check, register_resolvers
+from vllava.config import composed
 from vllava.data.shards import read_sources
 from vllava.errors import UserError, stop
 from vllava.model.encoders import depth_of, vision_config
@@ -157,7 +154,17 @@ def make(settings: dict[str, Any], gpus: int) -> Plan:
     elif "llm" in settings["task"]["trained"]:
         trained.append("llm")
 
-    samples = {k: n for k, n in recipe["samples"].items() if k in settings["data"]["modalities"]}
+    data = settings["data"]
+    samples = {k: n for k, n in recipe["samples"].items() if k in data["modalities"] and k in data["sources"]}
+    if not samples:
+        named = ", ".join(data["sources"])
+        raise UserError(f"The recipe says nothing of how many samples of {named} there are: count them with --shards.")
+    for kind in set(samples) - set(recipe["text_tokens"]):
+        stage = settings["experiment"].removesuffix("_lora")
+        raise UserError(
+            f"The recipe says nothing of the tokens that the text of a sample of {kind} has. Give their mean: "
+            f"+recipes.{stage}.text_tokens.{kind}=NUMBER"
+        )
     flops = {}
     # A trained weight costs a forward and two backward products; a frozen one, through which gradients pass, one less.
     through = 3 if "llm" in trained else 2
@@ -261,17 +268,7 @@ def counted(data: dict[str, Any]) -> dict[str, int]:
 
 def configured(overrides: list[str]) -> dict[str, Any]:
     """The resolved configuration of a command line; raises UserError for a mistake in it."""
-    register_resolvers()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", overrides, return_hydra_config=True)
-    except HydraException as error:
-        raise UserError(str(error).replace("\n", " ")) from error
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    check(cfg)
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings: Any = OmegaConf.to_container(composed(overrides), resolve=True)
     if "samples" not in _recipe(settings):
         raise UserError(f"A plan is for a stage; {settings['experiment']} is none, or its recipe names no samples.")
     return settings

@@ -109,7 +109,10 @@ def train(cfg: DictConfig) -> None:
     halved = False
     if isinstance(model, VideoLlava) and "bf16" in precision(cfg) and computes_in_bf16():
         halved = halve_frozen(model, llm="Fsdp" not in str(cfg.trainer.strategy))  # FSDP2 wants one type in a layer
-    preview = Preview(cfg.preview, task.specs, tokenizer, settings) if cfg.preview else None
+    preview = None
+    if settings["preview"]:
+        shown = {kind: folders for kind, folders in settings["preview"].items() if kind != "remedy"}
+        preview = Preview(shown, task.specs, tokenizer, settings, settings["preview"]["remedy"])
     announce(cfg, task, data)
     history = History(run_dir)
     trainer = build_trainer(cfg, settings, [Throughput(), history, progress_bar()])
@@ -154,11 +157,17 @@ def unfinished(run_dir: Path, settings: Any) -> str | None:
 
 
 def announce(cfg: DictConfig, task: Task, data: Any) -> None:
-    """Say in two lines what is about to be trained, on what."""
+    """Say in a few lines what is about to be trained, on what."""
     trained = ", ".join(f"{name} {count:,}" for name, count in task.trained.items())
     total = sum(p.numel() for p in task.parameters())
-    steps = f"{data.samples:,} samples, {data.steps_per_epoch} steps of {data.global_batch} per epoch"
+    plural = "s" if data.steps_per_epoch > 1 else ""
+    steps = f"{data.samples:,} samples, {data.steps_per_epoch} step{plural} of {data.global_batch} per epoch"
     print(f"{cfg.experiment} ({cfg.ablation}, seed {cfg.seed}): trains {trained} of {total:,} parameters")
+    if cfg.projector:
+        print(f"starts from {cfg.projector}")
+    for kind, folders in cfg.data.sources.items():
+        if kind in cfg.data.modalities:
+            print(f"{kind}: {', '.join(folders)}")
     print(f"{steps}; run folder {cfg.run_dir}", flush=True)
 
 

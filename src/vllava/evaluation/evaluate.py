@@ -8,11 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from vllava.batch import MEDIA_KINDS
 from vllava.data.build import conversation_packer, sample_decoder
 from vllava.errors import UserError
 from vllava.evaluation.answers import Answer, answer_all, check_rows, read_samples
-from vllava.evaluation.report import sample_rows, write_report
+from vllava.evaluation.report import KINDS, MATCH, sample_rows, write_report
 from vllava.model.checkpoint import load
 from vllava.model.device import best_device
 
@@ -34,7 +33,8 @@ def evaluate(
 ) -> dict:
     """Answer every question of every source whose medium the model takes; write metrics, answers and a report.
 
-    sources: medium -> name -> folder of shards; the headline figures are over all sources of a medium together.
+    sources: medium -> name -> folder of shards; sources of media that the model does not take are passed over. A sample
+    counts with the medium it has, wherever its folder stands; the headline figures are over all sources together.
     num_frames: of a video, and template: of the prompt, if not as in training. `shown` samples of each medium, and the
     loss curves `plots` (name -> PNG file), go into the report.
     Writes metrics.json, answers.jsonl and report.html to `run_dir`, and prints a table. Raises UserError for a
@@ -42,55 +42,69 @@ def evaluate(
     A question without a true answer is asked and not scored.
     """
     started = time.time()
-    if unknown := sorted(set(sources) - set(MEDIA_KINDS)):
-        raise UserError(f"evaluation.sources names {', '.join(unknown)}; there are: {', '.join(MEDIA_KINDS)}.")
+    if unknown := sorted(set(sources) - set(KINDS)):
+        raise UserError(f"evaluation.sources names {', '.join(unknown)}; there are: {', '.join(KINDS)}.")
     model, tokenizer, description = load(checkpoint, num_frames)
     model.to(best_device())
     decode = sample_decoder(model.specs, description.image_fit, decoder, description.frame_sampling)
     packer = conversation_packer(model.specs, tokenizer, **description.prompt(template))
-    media = [kind for kind in sources if kind in model.specs]
-    for shards in (shards for medium in media for shards in sources[medium].values()):
-        check_rows(shards, remedy)
-    metrics: dict = {}
-    answers: list[Answer] = []
-    rows = []
-    by_type: dict[str, dict] = {}
-    for medium in media:
-        seen: list[Answer] = []
-        unseen: list[Answer] = []
-        metrics[medium] = {}
-        parts = {}
-        for name, shards in sources[medium].items():
-            samples = list(read_samples(shards, decode, remedy, packer=packer))
-            found = answer_all(model, packer, samples, batch_size, max_new_tokens)
-            blind = answer_all(model, packer, samples, batch_size, max_new_tokens, blind=True)
-            parts[name] = summary(found, blind)
-            if not seen:
-                rows += sample_rows(samples[:shown], found[:shown])
-            seen, unseen = seen + found, unseen + blind
-        metrics[medium] = {**summary(seen, unseen), "by_source": parts}
-        by_type |= {f"{medium}/{kind}": value for kind, value in types(seen, unseen).items()}
-        answers += seen
-    metrics["by_type"] = by_type
+    media = [kind for kind in sources if kind in model.specs or kind == "text"]
+    if not media:
+        taken = ", ".join(model.specs)
+        raise UserError(f"evaluation.sources names {', '.join(sources)} alone; the model takes {taken}.")
+    places = dict.fromkeys((name, folder) for medium in media for name, folder in sources[medium].items())
+    for _, folder in places:
+        check_rows(folder, remedy)
+    asked: dict[str, dict[str, tuple[list[Answer], list[Answer]]]] = {}  # medium -> source -> (with it, blind)
+    rows: dict[str, list] = {kind: [] for kind in KINDS}
+    for name, folder in places:
+        samples = list(read_samples(folder, decode, remedy, packer=packer))
+        found = answer_all(model, packer, samples, batch_size, max_new_tokens)
+        blind = answer_all(model, packer, samples, batch_size, max_new_tokens, blind=True)
+        for sample, answer, without in zip(samples, found, blind, strict=True):
+            part = asked.setdefault(answer.medium, {}).setdefault(name, ([], []))
+            part[0].append(answer)
+            part[1].append(without)
+            if len(rows[answer.medium]) < shown:
+                rows[answer.medium] += sample_rows([sample], [answer])
+    metrics = figures(asked)
     metrics["seconds"] = round(time.time() - started, 1)
-    folder = Path(run_dir)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    (folder / "answers.jsonl").write_text(
+    answers = [answer for parts in asked.values() for found, _ in parts.values() for answer in found]
+    run_folder = Path(run_dir)
+    (run_folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    (run_folder / "answers.jsonl").write_text(
         "".join(json.dumps({**asdict(a), "correct": a.correct if a.scored else None}) + "\n" for a in answers)
     )
-    write_report(
-        folder, f"Evaluation of {checkpoint}", metrics, rows, {name: Path(path) for name, path in (plots or {}).items()}
-    )
+    curves = {name: Path(path) for name, path in (plots or {}).items()}
+    shown_rows = [row for kind in KINDS for row in rows[kind]]
+    write_report(run_folder, f"Evaluation of {checkpoint}", metrics, shown_rows, curves)
     print(table(metrics))
+    if any(a.scored and not a.options for a in answers):
+        print(f"Where a record names no options to guess among, there is no chance. {MATCH}")
     if unscored := sum(not a.scored for a in answers):
         print(f"{unscored} of {len(answers)} questions have no true answer: asked, not scored; see answers.jsonl")
     return metrics
 
 
+def figures(asked: dict[str, dict[str, tuple[list[Answer], list[Answer]]]]) -> dict:
+    """The summary of each medium, of its sources and of its question types, from medium -> source -> (found, blind)."""
+    metrics: dict = {}
+    by_type: dict[str, dict] = {}
+    for medium in (kind for kind in KINDS if kind in asked):
+        parts = asked[medium]
+        found = [answer for part, _ in parts.values() for answer in part]
+        blind = [answer for _, part in parts.values() for answer in part]
+        by_source = {name: summary(*part) for name, part in parts.items()}
+        metrics[medium] = {**summary(found, blind), "by_source": by_source}
+        by_type |= {f"{medium}/{kind}": value for kind, value in types(found, blind).items()}
+    return {**metrics, "by_type": by_type}
+
+
 def summary(found: Sequence[Answer], blind: Sequence[Answer]) -> dict:
     """Accuracy with and without the media, chance, and the number of questions n: of those that have a true answer.
 
-    How many have none is said where there are any; where no question has one, there are no figures but None.
+    How many have none is said where there are any; where no question has one, there are no figures but None. There is
+    no chance where no question names options to guess among.
     """
     scored = [answer for answer in found if answer.scored]
 
@@ -100,7 +114,7 @@ def summary(found: Sequence[Answer], blind: Sequence[Answer]) -> dict:
     figures = {
         "accuracy": share(a.correct for a in scored),
         "blind": share(a.correct for a in blind),
-        "chance": share(a.chance for a in scored),
+        "chance": share(a.chance for a in scored) if any(a.options for a in scored) else None,
         "n": len(scored),
     }
     return figures if len(scored) == len(found) else {**figures, "unscored": len(found) - len(scored)}
@@ -118,13 +132,15 @@ def types(found: Sequence[Answer], blind: Sequence[Answer]) -> dict[str, dict]:
 
 def table(metrics: dict) -> str:
     """The figures as a text table, one line for each medium and question type."""
-    lines = [f"{'':28}{'accuracy':>10}{'blind':>8}{'chance':>8}{'n':>6}"]
+    names = [name for medium in KINDS for name in metrics.get(medium, {}).get("by_source", {})]
+    width = max([28, *(len(f"  of these, {name} ") for name in names)])
+    lines = [f"{'':{width}}{'accuracy':>10}{'blind':>8}{'chance':>8}{'n':>6}"]
 
     def add(name: str, row: dict) -> None:
         accuracy, blind, chance = ("-" if row[c] is None else f"{row[c]:.3f}" for c in ("accuracy", "blind", "chance"))
-        lines.append(f"{name:28}{accuracy:>10}{blind:>8}{chance:>8}{row['n']:>6}")
+        lines.append(f"{name:{width}}{accuracy:>10}{blind:>8}{chance:>8}{row['n']:>6}")
 
-    for medium in ("image", "video"):
+    for medium in KINDS:
         if medium in metrics:
             add(medium.upper(), metrics[medium])
             for name, part in metrics[medium]["by_source"].items():

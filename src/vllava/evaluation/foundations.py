@@ -116,12 +116,16 @@ def measure(assets: Path, world: Path) -> dict[str, dict[str, float]]:
 
 
 def recipe(config: dict) -> dict:
-    """The part of a run's configuration that decides what it trains, without the paths of the run itself."""
+    """The part of a run's configuration that decides what it trains, without the paths of the run itself.
+
+    What is null, and a group of nothing else, decides nothing.
+    """
 
     def without_paths(node: Any) -> Any:
         if not isinstance(node, dict):
             return node
-        return {key: without_paths(value) for key, value in node.items() if key != "start_from"}
+        kept = {key: without_paths(value) for key, value in node.items() if key != "start_from"}
+        return {key: value for key, value in kept.items() if value is not None and (value != {} or node[key] == {})}
 
     return {key: without_paths(config[key]) for key in RECIPE_KEYS}
 

@@ -9,9 +9,15 @@ from typing import Any
 
 import jinja2
 
+from vllava.batch import MEDIA_KINDS
 from vllava.data.samples import Sample
 from vllava.evaluation.answers import Answer, data_uri, pictures
 
+KINDS = (*MEDIA_KINDS, "text")
+MATCH = (
+    "An answer is right where it is the last one of the conversation word for word, but for case, spaces and a final "
+    "full stop."
+)
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -31,7 +37,7 @@ _PAGE = """<!doctype html>
 {% for row in figures %}<tr class="{{ row.style }}"><td>{{ row.name }}</td>{% for value in (row.accuracy, row.blind, row.chance) %}<td>{{ "-" if value is none else "%.3f"|format(value) }}</td>{% endfor %}
 <td>{{ row.n }}</td></tr>
 {% endfor %}</table>
-<p>blind: the same model asked the same questions without the image or video. chance: a guess among the answers that fit.</p>{% endif %}
+<p>blind: the same model asked the same questions without the image or video. chance: a guess among the answers that fit, where a question says which do. {{ match }}</p>{% endif %}
 {% if facts %}<h2>Run</h2><table>{% for name, value in facts.items() %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}</table>{% endif %}
 {% if plots %}<h2>Loss</h2>{% for name, uri in plots.items() %}<figure><figcaption>{{ name }}</figcaption><img alt="loss of {{ name }}" src="{{ uri }}"></figure>{% endfor %}{% endif %}
 {% if rows %}<h2>Held-out samples</h2>
@@ -76,13 +82,13 @@ def write_report(
         if path.is_file()
     }
     page = environment.from_string(_PAGE).render(
-        title=title, figures=list(_figures(metrics)), rows=rows, plots=uris, facts=facts or {}
+        title=title, figures=list(_figures(metrics)), rows=rows, plots=uris, facts=facts or {}, match=MATCH
     )
     (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _figures(metrics: dict) -> Any:
-    for medium in ("image", "video"):
+    for medium in KINDS:
         if medium in metrics:
             yield {"name": medium, "style": "head", **metrics[medium]}
             for name, part in metrics[medium]["by_source"].items():
