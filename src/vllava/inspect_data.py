@@ -29,17 +29,20 @@ from vllava.model.tokenizer import load_tokenizer
 from vllava.model.video_llava import require_context
 from vllava.plan import context, plan_encoders
 
+NO_PAGE = "{} does not train on conversations: there is no page for it. Look at the data of a stage (+experiment=stage2)."
 WHOLE = 256  # samples that are shown with pictures and tokens, where nothing else is said
 
 
-def inspect(cfg: DictConfig, batches: int, out: Path, whole: int = WHOLE) -> list[Finding]:
+def look(cfg: DictConfig, batches: int, out: Path, whole: int = WHOLE) -> list[Finding]:
     """Write the page of a settled configuration; returns what was found. Raises UserError where nothing can be read."""
+    if batches < 0 or whole < 0:
+        raise UserError("--batches and --samples are numbers from 0.")
     require_ours(out)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     data, specs = _data(cfg, settings)
     packer = data.assembler
     if not isinstance(packer, ConversationPacker):
-        raise UserError(f"{cfg.experiment} does not train on conversations: there is no page for it.")
+        raise UserError(NO_PAGE.format(cfg.experiment))
     seen = survey(data.shards, _sources(settings["data"]), data.draws, packer.lengths(data.shards), packer.max_length)
     texts = [measure(data.shards, number, packer) for number in range(len(data.sources))]
     shown = first_batches(data, batches, whole)
@@ -65,8 +68,8 @@ def _data(cfg: DictConfig, settings: dict[str, Any]) -> tuple[DataModule, dict]:
         raise UserError(f"{cfg.experiment} is a chain: look at one of {', '.join(cfg.chain)} (+experiment=NAME).")
     if cfg.evaluation and "_target_" in cfg.evaluation:
         raise UserError(f"{cfg.experiment} trains on nothing: look at the data of a stage (+experiment=stage2).")
-    if not str(cfg.data._target_).endswith("conversation_data"):
-        raise UserError(f"{cfg.experiment} does not train on conversations: there is no page for it.")
+    if str(cfg.data._target_).endswith("caption_data"):
+        raise UserError(NO_PAGE.format(cfg.experiment))
     specs = {kind: encoder.spec for kind, encoder in plan_encoders(settings).items()}
     tokenizer = load_tokenizer(settings["tokenizer"])
     return instantiate(cfg.data, _convert_="all")(specs=specs, tokenizer=tokenizer), specs
@@ -114,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         cfg = composed(options.overrides)
         out = options.out or Path("outputs/inspect") / f"{cfg.experiment}-{cfg.ablation}.html"
-        found = inspect(cfg, options.batches, out, options.samples)
+        found = look(cfg, options.batches, out, options.samples)
     except (UserError, InstantiationException) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):

@@ -199,6 +199,9 @@ def _few_steps(run: Run) -> Iterator[Finding]:
 
 def _notes(run: Run) -> Iterator[Finding]:
     for source in run.survey.sources:
+        for count, what in ((source.broken.total, "broken"), (source.too_long, "longer than data.max_length")):
+            if count:
+                yield Finding(f"{_of(count, source)} are {what} and will be left out.", note=True)
         if source.unindexed:
             yield Finding(
                 f"{source.unindexed:,} shards of {source.folder} have no index, so the sizes of their media are unknown, "
@@ -233,7 +236,8 @@ def _share(run: Run, count: dict[str, int]) -> float:
 
 def _exceeded(run: Run, count: dict[str, int]) -> str | None:
     """Why training would stop, in words, with so many bad samples of each folder in an epoch."""
-    return run.limit.exceeded(round(_share(run, count) * run.survey.drawn), run.survey.drawn)
+    planned = run.limit.planned or 0
+    return run.limit.exceeded(round(_share(run, count) * planned), planned)
 
 
 def _of(count: int, source: SourceStatistics) -> str:

@@ -13,7 +13,8 @@ def token_histogram(edges: np.ndarray, counts: dict[str, np.ndarray], limit: int
     """Samples by their number of tokens, stacked by modality; a line where `limit` is. Logarithmic in tokens."""
     total = np.sum(list(counts.values()), axis=0) if counts else np.zeros(len(edges) - 1)
     used = np.flatnonzero(total)
-    first = max(int(used[0]) - 1, 0) if len(used) else 0
+    below = int(np.searchsorted(edges, limit)) - 1  # the bin of the limit
+    first = max(min([below, *used]) - 1, 0)
     places = np.log2(np.maximum(edges, edges[1] / 2))
     low, high = places[first], places[-1]
     most = max(int(total.max(initial=0)), 1)

@@ -18,7 +18,7 @@ from vllava.data.shards import Shard, ShardReader
 from vllava.inspection.reasons import Reasons
 
 MEASURED = 256  # conversations of a source
-SHARDS = 16  # that they come from
+SHARDS = 8  # that they come from
 _WORD = re.compile(r"[^\W\d_]+")
 
 
