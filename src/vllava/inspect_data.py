@@ -29,7 +29,9 @@ from vllava.model.tokenizer import load_tokenizer
 from vllava.model.video_llava import require_context
 from vllava.plan import context, plan_encoders
 
-NO_PAGE = "{} does not train on conversations: there is no page for it. Look at the data of a stage (+experiment=stage2)."
+NO_PAGE = (
+    "{} does not train on conversations: there is no page for it. Look at the data of a stage (+experiment=stage2)."
+)
 WHOLE = 256  # samples that are shown with pictures and tokens, where nothing else is said
 
 
@@ -95,7 +97,16 @@ def _misfit(settings: dict[str, Any], specs: dict) -> str | None:
 
 def _shown_settings(settings: dict[str, Any], run: Run) -> dict[str, object]:
     data = settings["data"]
-    keys = ("template", "image_fit", "num_frames", "frame_sampling", "max_length", "token_budget", "global_batch", "seed")
+    keys = (
+        "template",
+        "image_fit",
+        "num_frames",
+        "frame_sampling",
+        "max_length",
+        "token_budget",
+        "global_batch",
+        "seed",
+    )
     return {
         "tokenizer": settings["tokenizer"],
         **{key: data[key] for key in keys if data.get(key) is not None},

@@ -16,6 +16,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.imports import RequirementCache
 from omegaconf import DictConfig, OmegaConf
 
@@ -159,6 +160,7 @@ def unfinished(run_dir: Path, settings: Any) -> str | None:
     return str(path)
 
 
+@rank_zero_only
 def announce(cfg: DictConfig, task: Task, data: Any) -> None:
     """Say in a few lines what is about to be trained, on what."""
     trained = ", ".join(f"{name} {count:,}" for name, count in task.trained.items())

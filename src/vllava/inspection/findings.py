@@ -44,7 +44,9 @@ class Run:
     def steps(self) -> int | None:
         """Optimiser steps of the run; None without end."""
         of_epochs = None if self.epochs is None else self.epochs * -(-self.survey.drawn // self.global_batch)
-        return min((n for n in (of_epochs, None if self.max_steps < 0 else self.max_steps) if n is not None), default=None)
+        return min(
+            (n for n in (of_epochs, None if self.max_steps < 0 else self.max_steps) if n is not None), default=None
+        )
 
     @property
     def limit(self) -> BrokenLimit:
