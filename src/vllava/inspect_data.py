@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from vllava.config import composed
+from vllava.config import EVALUATE, composed
 from vllava.data.datamodule import DataModule
 from vllava.data.mixture import Source
 from vllava.data.packing import ConversationPacker
@@ -29,7 +29,9 @@ from vllava.model.tokenizer import load_tokenizer
 from vllava.model.video_llava import require_context
 from vllava.plan import context, plan_encoders
 
-NO_PAGE = "{} does not train on conversations: there is no page for it. Look at the data of a stage (+experiment=stage2)."
+NO_PAGE = (
+    "{} does not train on conversations: there is no page for it. Look at the data of a stage (+experiment=stage2)."
+)
 WHOLE = 256  # samples that are shown with pictures and tokens, where nothing else is said
 
 
@@ -65,7 +67,8 @@ def look(cfg: DictConfig, batches: int, out: Path, whole: int = WHOLE) -> list[F
 def _data(cfg: DictConfig, settings: dict[str, Any]) -> tuple[DataModule, dict]:
     """The data module as a run would build it, and the specs of its encoders, from their settings alone."""
     if cfg.chain:
-        raise UserError(f"{cfg.experiment} is a chain: look at one of {', '.join(cfg.chain)} (+experiment=NAME).")
+        stages = ", ".join(name for name in cfg.chain if name != EVALUATE)
+        raise UserError(f"{cfg.experiment} is a chain: look at one of {stages} (+experiment=NAME).")
     if cfg.evaluation and "_target_" in cfg.evaluation:
         raise UserError(f"{cfg.experiment} trains on nothing: look at the data of a stage (+experiment=stage2).")
     if str(cfg.data._target_).endswith("caption_data"):
@@ -95,7 +98,16 @@ def _misfit(settings: dict[str, Any], specs: dict) -> str | None:
 
 def _shown_settings(settings: dict[str, Any], run: Run) -> dict[str, object]:
     data = settings["data"]
-    keys = ("template", "image_fit", "num_frames", "frame_sampling", "max_length", "token_budget", "global_batch", "seed")
+    keys = (
+        "template",
+        "image_fit",
+        "num_frames",
+        "frame_sampling",
+        "max_length",
+        "token_budget",
+        "global_batch",
+        "seed",
+    )
     return {
         "tokenizer": settings["tokenizer"],
         **{key: data[key] for key in keys if data.get(key) is not None},

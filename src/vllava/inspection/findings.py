@@ -44,7 +44,9 @@ class Run:
     def steps(self) -> int | None:
         """Optimiser steps of the run; None without end."""
         of_epochs = None if self.epochs is None else self.epochs * -(-self.survey.drawn // self.global_batch)
-        return min((n for n in (of_epochs, None if self.max_steps < 0 else self.max_steps) if n is not None), default=None)
+        return min(
+            (n for n in (of_epochs, None if self.max_steps < 0 else self.max_steps) if n is not None), default=None
+        )
 
     @property
     def limit(self) -> BrokenLimit:
@@ -119,8 +121,10 @@ def _all_together(run: Run) -> Iterator[Finding]:
 
 
 def _shown_broken(run: Run) -> Iterator[Finding]:
-    broken = [sample for batch in run.batches for sample in batch.broken]
-    seen = len(broken) + sum(len(batch.samples) for batch in run.batches)
+    left_out = [sample for batch in run.batches for sample in batch.broken]
+    seen = len(left_out) + sum(len(batch.samples) for batch in run.batches)
+    counted = any(_too_long(run))  # those are spoken of already
+    broken = [sample for sample in left_out if not (counted and "data.max_length=" in str(sample.broken))]
     if broken and (rule := run.limit.exceeded(len(broken), seen)):
         yield Finding(
             f"{len(broken)} of the first {seen} samples are broken, and {rule}: mend or remove them. The first: "
@@ -198,9 +202,10 @@ def _few_steps(run: Run) -> Iterator[Finding]:
 
 
 def _notes(run: Run) -> Iterator[Finding]:
+    nothing = {source.folder: 0 for source in run.survey.sources}
     for source in run.survey.sources:
         for count, what in ((source.broken.total, "broken"), (source.too_long, "longer than data.max_length")):
-            if count:
+            if count and not _exceeded(run, {**nothing, source.folder: count}):
                 yield Finding(f"{_of(count, source)} are {what} and will be left out.", note=True)
         if source.unindexed:
             yield Finding(
