@@ -136,3 +136,12 @@ def test_a_stream_holds_what_its_mixture_says(tmp_path, tokenizer):
     assert [keys[f"i{n}"] for n in range(4)] == [2] * 4
     assert sum(keys[f"t{n}"] for n in range(6)) == 3
     assert sum((Counter(step.drawn) for step in steps), Counter()) == {0: 8, 1: 3}
+
+
+def test_a_signed_address_is_named_without_its_signature_and_shown_so():
+    signed = [Source("image", "https://host/a?sig=secret"), Source("image", "https://host/b?sig=secret")]
+    assert portions({"b": 2}, signed)[1] == portions({"https://host/b": 2}, signed)[1] == Portion(Fraction(2))
+    assert portions({signed[1].folder: 2}, signed)[1] == Portion(Fraction(2))
+    with pytest.raises(UserError) as caught:
+        portions({"c": 2}, signed)
+    assert "https://host/a" in str(caught.value) and "secret" not in str(caught.value)

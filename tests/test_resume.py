@@ -23,6 +23,7 @@ def command(tmp_path_factory):
     make("eval", world, seed=0, scale=0.02, processes=2)
     spoil(next((world / "stage1" / "images").glob("*.tar")), pictures=2)
     settings = [f"world={world}", "logger=none", "data.global_batch=12", "data.workers=1", "save_minutes=0"]
+    settings.append("trainer=single")
     return [sys.executable, "train.py", "+experiment=stage1", *settings]
 
 

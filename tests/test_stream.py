@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_fixtures import (
@@ -170,6 +171,29 @@ def steps_of(sampler):
 
 def _shards(sizes):
     return [Shard(f"{number}.tar", size) for number, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_worker_prepares_a_row_at_a_time_and_nothing_stays_in_memory_it_shares(world, tokenizer, workers):
+    data = data_of(world[0], tokenizer, token_budget=400, workers=workers)
+    loader = data.train_dataloader()
+    parts = list(loader.pieces)
+    assert len(parts) > 2 * len(loader) and all(len(part.micro_batches) == 1 for part in parts)
+    steps = epoch(data)
+    assert [len(step.micro_batches) for step in steps] == rows_of(parts)
+    tensors = [t for step in steps for b in step.micro_batches for t in (b.token_ids, b.images, b.videos)]
+    assert not any(tensor.is_shared() for tensor in tensors)
+    assert {t.dtype for t in tensors if t.numel() and t.ndim > 1} == {torch.uint8}
+
+
+def rows_of(parts):
+    counts, row = [], 0
+    for part in parts:
+        row += 1
+        if not part.more:
+            counts.append(row)
+            row = 0
+    return counts
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 import time
+from dataclasses import replace
 from datetime import timedelta
 
 import lightning as L
@@ -16,12 +17,14 @@ from torch.utils.data import DataLoader
 
 from vllava.batch import Step
 from vllava.data.packing import pack
+from vllava.data.samples import Medium
 from vllava.errors import UserError
 from vllava.evaluation.answers import ask
 from vllava.folders import RECORD, replacing
 from vllava.model.build import load_llm, video_llava
 from vllava.model.checkpoint import load, load_projector, read_description
 from vllava.model.encoders import ClipEncoder
+from vllava.pixels import normalised
 from vllava.training.broken import BrokenLimit, BrokenList
 from vllava.training.stage import Stage
 from vllava.training.task import Recipe, freeze_all_but
@@ -522,3 +525,52 @@ def test_interrupted_writing_leaves_the_old_checkpoint_whole(tmp_path):
         RECORD: "",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+# --- ranks that do not agree, pixels as bytes -------------------------------------------------------------------------
+
+
+class Announced(Shares):
+    """Steps of which it is known how many samples they should have."""
+
+    sources = ("a", "b")
+    global_batch, samples, steps_per_epoch = 5, 9, 2
+
+
+@pytest.mark.parametrize("counts", [(5, 4), (5, 5), (4, 4)])
+def test_ranks_whose_shares_are_no_global_batch_together_stop_the_run(counts, model, step):
+    steps = [Step(step.micro_batches, samples=count, drawn={0: count - 1, 1: 1}) for count in counts]
+    task = Stage(model, ["projector"], Recipe(lr=1e-2))
+    trainer = bare_trainer()
+    if counts == (5, 4):
+        trainer.fit(task, Announced(steps))
+        assert task.facts()["mixture"] == {"a": 7, "b": 2}
+        return
+    with pytest.raises(UserError, match="the ranks see different shards or indexes"):
+        trainer.fit(task, Announced(steps))
+
+
+def bare_trainer():
+    return L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def test_bytes_give_the_loss_of_the_pixels_that_they_are(model, make_packer, make_sample):
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for change in (lambda pixels: pixels, normalised):
+        sample = make_sample("<image> and <video>", "It is red.")
+        media = [
+            Medium(m.kind, change(torch.randint(256, m.pixels.shape, generator=generator.manual_seed(i)).byte()))
+            for i, m in enumerate(sample.media)
+        ]
+        batch = make_packer(model).collate([make_packer(model).prepare(replace(sample, media=media))])[0]
+        losses.append(float(model.loss(batch)))
+    assert batch.images.dtype == torch.float32
+    assert losses[0] == losses[1]

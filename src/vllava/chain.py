@@ -14,10 +14,12 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from vllava.config import EVALUATE, NAME_HELD_OUT, run_name
+from vllava.config import run_name
+from vllava.data.patience import Remote
 from vllava.data.shards import read_sources
 from vllava.data.writing import write_json
 from vllava.errors import UserError
+from vllava.settle import EVALUATE, NAME_HELD_OUT
 from vllava.sources import REMEDY
 
 CHAIN = "unfinished.json"  # in a chain's folder while it is: what is done
@@ -84,7 +86,7 @@ def require_folders(cfg: DictConfig) -> None:
     named = [*settings["data"]["sources"].values(), *(listed for key, listed in preview.items() if key != "remedy")]
     named += [named_folders.values() for named_folders in asked.values() if named_folders]
     for folder in dict.fromkeys(folder for listed in named for folder in listed):
-        read_sources([folder], REMEDY)
+        read_sources([folder], REMEDY, Remote.of(settings["data"].get("cache")))
 
 
 def done_parts(folder: Path, overrides: list[str]) -> dict[str, float]:

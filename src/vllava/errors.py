@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -28,6 +29,14 @@ def stop(error: UserError) -> NoReturn:
     """End a command with the error's paragraph and exit status 1; its traceback goes to the log, if there is one."""
     log.info("%s", error.paragraph, exc_info=error)
     sys.exit(f"error: {error.paragraph}")
+
+
+def require_known(where: str, keys: Iterable[object], known: Collection[str]) -> None:
+    """Raises UserError for the first of `keys` that is not among the known ones, with the nearest of them."""
+    for key in sorted(set(map(str, keys)) - set(known)):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(sorted(known))}."
+        raise UserError(f"Unknown key {key!r} in {where}: {hint}")
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class FeatureWriter:
         made_by = {
             "format": FORMAT,
             "manifest": sha256_of(source / MANIFEST),
-            "shards": [_state(shard.path) for shard in shards],
+            "shards": [_state(Path(str(shard.path))) for shard in shards],
             "encoders": {kind: self._identity(kind) for kind in sorted(kinds)},
             "preprocessing": asdict(self.decode.preprocess),
             "decoder": self.decode.video_decoder.identity,

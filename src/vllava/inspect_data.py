@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vllava.config import EVALUATE, composed
+from vllava.data.address import shown
 from vllava.data.datamodule import DataModule
 from vllava.data.mixture import Source
 from vllava.data.packing import ConversationPacker
@@ -47,11 +48,11 @@ def look(cfg: DictConfig, batches: int, out: Path, whole: int = WHOLE) -> list[F
         raise UserError(NO_PAGE.format(cfg.experiment))
     seen = survey(data.shards, _sources(settings["data"]), data.draws, packer.lengths(data.shards), packer.max_length)
     texts = [measure(data.shards, number, packer) for number in range(len(data.sources))]
-    shown = first_batches(data, batches, whole)
+    first = first_batches(data, batches, whole)
     run = Run(
         seen,
         texts,
-        shown,
+        first,
         data.global_batch,
         _epochs(settings["trainer"]),
         settings["trainer"].get("max_steps", -1),
@@ -60,7 +61,7 @@ def look(cfg: DictConfig, batches: int, out: Path, whole: int = WHOLE) -> list[F
     )
     found = findings(run)
     title = f"{cfg.experiment} ({cfg.ablation}): the data"
-    write_page(out, title, _shown_settings(settings, run), found, seen, texts, shown, packer.token_budget)
+    write_page(out, title, _shown_settings(settings, run), found, seen, texts, first, packer.token_budget)
     return found
 
 
@@ -98,7 +99,7 @@ def _misfit(settings: dict[str, Any], specs: dict) -> str | None:
 
 def _shown_settings(settings: dict[str, Any], run: Run) -> dict[str, object]:
     data = settings["data"]
-    keys = (
+    keys = [
         "template",
         "image_fit",
         "num_frames",
@@ -107,11 +108,11 @@ def _shown_settings(settings: dict[str, Any], run: Run) -> dict[str, object]:
         "token_budget",
         "global_batch",
         "seed",
-    )
+    ]
     return {
         "tokenizer": settings["tokenizer"],
         **{key: data[key] for key in keys if data.get(key) is not None},
-        **({"mixture": data["mixture"]} if data.get("mixture") else {}),
+        **({"mixture": shown(str(data["mixture"]))} if data.get("mixture") else {}),
         "optimiser steps": "without end" if run.steps is None else f"{run.steps:,}",
     }
 

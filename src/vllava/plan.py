@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, Lla
 
 from vllava.batch import MEDIA_KINDS, MediumSpec
 from vllava.config import composed
+from vllava.data.patience import Remote
 from vllava.data.shards import read_sources
 from vllava.errors import UserError, stop
 from vllava.model.encoders import depth_of, vision_config
@@ -276,7 +277,7 @@ def _recipe(settings: dict[str, Any]) -> dict[str, Any]:
 def counted(data: dict[str, Any]) -> dict[str, int]:
     """The samples of each modality in a configuration's shards; raises UserError where there are none."""
     return {
-        kind: sum(shard.samples for shard in read_sources(folders, data["remedy"]))
+        kind: sum(shard.samples for shard in read_sources(folders, data["remedy"], Remote.of(data.get("cache"))))
         for kind, folders in data["sources"].items()
         if kind in data["modalities"]
     }

@@ -7,10 +7,12 @@ from typing import Any
 from vllava.batch import MediumSpec
 from vllava.conversation import ends_of_turn
 from vllava.conversation import template as find_template
+from vllava.data.address import is_remote, shown
 from vllava.data.datamodule import DataModule
 from vllava.data.media import Preprocess
 from vllava.data.mixture import Source, portions
 from vllava.data.packing import CaptionPairs, ConversationPacker
+from vllava.data.patience import Remote
 from vllava.data.samples import SampleDecoder
 from vllava.data.video import video_decoder
 from vllava.errors import UserError
@@ -72,14 +74,15 @@ def conversation_data(
     features: str = "online",
     frame_sampling: str = "index",
     mixture: dict[str, Any] | None = None,
+    cache: Remote | dict[str, Any] | None = None,
 ) -> DataModule:
     """Conversations in packed micro-batches, for the stages and for training a language model.
 
     sources: modality -> folders of shards; only `modalities` are used. num_frames: frames of a video, which
     the video encoder decides; raises UserError if it takes another number. features: "online" or "cache", see
     vllava.features. frame_sampling: "index" or "time", see vllava.data.video. mixture: how much of each source an epoch
-    holds, see vllava.data.mixture. See DataModule, ConversationPacker,
-    Preprocess and SampleDecoder for the other settings.
+    holds, see vllava.data.mixture. cache: of shards on servers, see vllava.data.patience. See DataModule,
+    ConversationPacker, Preprocess and SampleDecoder for the other settings.
     """
     if num_frames and "video" in specs and specs["video"].frames != num_frames:
         raise UserError(
@@ -89,6 +92,10 @@ def conversation_data(
     if features not in FEATURES:
         raise UserError(f"data.features={features!r} is not known; there are: {', '.join(FEATURES)}.")
     chosen = _chosen(sources, modalities)
+    if features == "cache" and (servers := [source.folder for source in chosen if is_remote(source.folder)]):
+        raise UserError(
+            f"data.features=cache writes beside the shards, and cannot to {shown(servers[0])}: copy them here."
+        )
     return DataModule(
         [source.folder for source in chosen],
         sample_decoder(specs, image_fit, decoder, frame_sampling),
@@ -100,6 +107,7 @@ def conversation_data(
         shuffle_window,
         features == "cache",
         portions(mixture, chosen),
+        remote=Remote.of(cache),
     )
 
 
@@ -117,6 +125,7 @@ def caption_data(
     workers: int = -1,
     shuffle_window: int = 64,
     frame_sampling: str = "index",
+    cache: Remote | dict[str, Any] | None = None,
 ) -> DataModule:
     """Media with captions, a global batch at a time, for pre-training encoders."""
     return DataModule(
@@ -128,4 +137,5 @@ def caption_data(
         remedy,
         workers,
         shuffle_window,
+        remote=Remote.of(cache),
     )

@@ -18,6 +18,7 @@ from vllava.data.broken import trace, why
 from vllava.data.deal import Deal, every_nth
 from vllava.data.mixture import Portion, draws
 from vllava.data.order import epoch_order
+from vllava.data.patience import Remote, RemoteUserError
 from vllava.data.samples import Sample
 from vllava.data.shards import Shard, ShardReader, read_sources
 from vllava.errors import UserError
@@ -67,6 +68,8 @@ class ShardDataset(Dataset):
                 sample = self.decode(*self.reader.read(shard, index))
                 prepared.append(self.assembler.prepare(sample))
                 step.dropped_turns += sample.dropped_turns
+            except RemoteUserError:  # of a server, not of the sample
+                raise
             except Exception as error:  # of a stranger's sample: memory and recursion errors among them
                 step.broken.append((key, why(error)))
                 if text := trace(error):
@@ -153,7 +156,8 @@ class DataModule(L.LightningDataModule):
     sources: folders of shards; remedy: the sentence that ends a missing-shards error;
     global_batch: samples per optimiser step, over all devices; workers: loader processes (-1: cores - 1, at most 8);
     shuffle_window: shards mixed at a time; wants_features: whether what encoders make of the media is to be read
-    instead of the media, see vllava.features; portions: how much of each source an epoch holds, if not all of it once.
+    instead of the media, see vllava.features; portions: how much of each source an epoch holds, if not all of it once;
+    remote: how folders on servers are read.
     """
 
     def __init__(
@@ -168,12 +172,13 @@ class DataModule(L.LightningDataModule):
         shuffle_window: int = 64,
         wants_features: bool = False,
         portions: Sequence[Portion] | None = None,
+        remote: Remote | None = None,
     ) -> None:
         super().__init__()
         if not sources:
             raise UserError("data.sources is empty: name at least one folder of shards.")
         self.sources, self.remedy = sources, remedy
-        self.shards = read_sources(sources, remedy)
+        self.shards = read_sources(sources, remedy, remote)
         self.decode, self.assembler = decode, assembler
         self.wants_features = wants_features
         self.global_batch, self.seed, self.shuffle_window = global_batch, seed, shuffle_window

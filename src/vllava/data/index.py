@@ -12,15 +12,17 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from vllava.batch import MEDIA_KINDS
+from vllava.data.address import RemotePath
 from vllava.data.frames import measure
 from vllava.data.picture import image_size
 from vllava.data.record import MediumFile, parse
 from vllava.data.tar import members
 from vllava.errors import UserError, reason
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 SUFFIX = ".index"
 VERSION = 1
 INDEX_BYTES = 1 << 30  # of an index at most
@@ -85,7 +87,10 @@ class Entry(NamedTuple):
         return Entry(self.key, files, facts)
 
 
-def index_path(shard: Path) -> Path:
+Located = TypeVar("Located", Path, RemotePath)
+
+
+def index_path(shard: Located) -> Located:
     """Where the index of a shard lies."""
     return shard.with_name(shard.name + SUFFIX)
 
@@ -129,9 +134,19 @@ def _medium(kind: str, file: MediumFile) -> MediumFacts:
 
 def write_index(path: Path, shard: str, size: int, entries: Sequence[Entry]) -> None:
     """Write the index of a shard of that name and `size` bytes to `path`."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps({"version": VERSION, "shard": shard, "bytes": size, "samples": len(entries)}) + "\n")
-        file.writelines(_line(entry) + "\n" for entry in entries)
+    lines = [(_line(entry) + "\n").encode() for entry in entries]
+    said = {"version": VERSION, "shard": shard, "bytes": size, "samples": len(entries), "crc32": _crc(lines)}
+    with open(path, "wb") as file:
+        file.write(json.dumps(said).encode() + b"\n")
+        file.writelines(lines)
+
+
+def _crc(lines: Iterable[bytes]) -> int:
+    """The CRC-32 of lines one after the other."""
+    crc = 0
+    for line in lines:
+        crc = zlib.crc32(line, crc)
+    return crc
 
 
 def _line(entry: Entry) -> str:
@@ -142,7 +157,7 @@ def _line(entry: Entry) -> str:
     else:
         said |= {"characters": facts.characters, "turns": facts.turns, "text": facts.text}
         said["media"] = [{k: v for k, v in medium._asdict().items() if v is not None} for medium in facts.media]
-    return json.dumps(said, ensure_ascii=False, separators=(",", ":"))
+    return _JSON.encode(said)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -156,7 +171,16 @@ def read_index(path: Path, size: int) -> list[Entry]:
     try:
         if path.stat().st_size > INDEX_BYTES:
             raise ValueError(f"{path.stat().st_size} bytes; an index has at most {INDEX_BYTES}")
-        first, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise _unfit(str(path), error) from error
+    return parse_index(data, str(path), size)
+
+
+def parse_index(data: bytes, name: str, size: int) -> list[Entry]:
+    """The entries of an index of that name; see read_index."""
+    try:
+        first, *lines = data.decode().rstrip("\n").split("\n")
         header = json.loads(first)
         if header["version"] != VERSION:
             raise ValueError(f"it is of version {header['version']!r}, known is {VERSION}")
@@ -167,9 +191,15 @@ def read_index(path: Path, size: int) -> list[Entry]:
         entries = [_entry(json.loads(line), size) for line in lines]
         if len({entry.key for entry in entries}) != len(entries):
             raise ValueError("it lists a key twice")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path.with_suffix('')} does not fit its index {path} ({reason(error)}). {REMEDY}") from error
+        if "crc32" in header and header["crc32"] != zlib.crc32(data[data.index(b"\n") + 1 :]):
+            raise ValueError("it is not what was written")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _unfit(name, error) from error
     return entries
+
+
+def _unfit(name: str, error: Exception) -> UserError:
+    return UserError(f"{name.removesuffix(SUFFIX)} does not fit its index {name} ({reason(error)}). {REMEDY}")
 
 
 def _entry(said: dict[str, Any], size: int) -> Entry:

@@ -10,6 +10,7 @@ import numpy as np
 from vllava.batch import MediumSpec
 from vllava.conversation import Message, read_conversation
 from vllava.data.index import Facts
+from vllava.data.patience import RemoteUserError
 from vllava.data.record import read_record
 from vllava.data.shards import Shard, ShardReader
 from vllava.errors import UserError
@@ -103,6 +104,8 @@ class Lengths:
                 try:
                     record = read_record(self._reader.read(first, index, only=("json",))[1])
                     conversations.append(read_conversation(record)[0])
+                except RemoteUserError:  # another rank might read it, and come to other lengths
+                    raise
                 except UserError:
                     continue
             self._texts[source] = text_length(self.count, conversations)

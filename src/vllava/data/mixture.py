@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from vllava.data.address import shown
 from vllava.errors import UserError
 
 FORM = "data.mixture={NAME: TIMES, NAME: {repeats: TIMES}, NAME: {weight: SHARE}}"
@@ -40,7 +41,8 @@ def portions(mixture: Mapping[str, Any] | None, sources: Sequence[Source]) -> li
         for number in _named(str(name), sources):
             if number in named:
                 raise UserError(
-                    f"data.mixture speaks of {sources[number].folder} twice, as {named[number]!r} and as {name!r}."
+                    f"data.mixture speaks of {shown(sources[number].folder)} twice, as {shown(named[number])!r} and as "
+                    f"{shown(str(name))!r}."
                 )
             named[number] = str(name)
             found[number] = portion
@@ -50,14 +52,14 @@ def portions(mixture: Mapping[str, Any] | None, sources: Sequence[Source]) -> li
 def _named(name: str, sources: Sequence[Source]) -> list[int]:
     if of_kind := [number for number, source in enumerate(sources) if source.modality == name]:
         return of_kind
-    wanted = name.rstrip("/")
-    folders = [source.folder.rstrip("/") for source in sources]
+    wanted = shown(name).removesuffix("?…").rstrip("/")
+    folders = [shown(source.folder).removesuffix("?…").rstrip("/") for source in sources]
     matches = [n for n, folder in enumerate(folders) if folder == wanted]
     matches = matches or [n for n, folder in enumerate(folders) if folder.endswith(f"/{wanted}")]
     if len(matches) != 1:
         what = "no source of this run" if not matches else f"{len(matches)} sources of this run"
         known = ", ".join(dict.fromkeys([*(s.modality for s in sources), *folders]))
-        raise UserError(f"data.mixture names {name!r}, which is {what}. There are: {known}. The form is {FORM}.")
+        raise UserError(f"data.mixture names {shown(name)!r}, which is {what}. There are: {known}. The form is {FORM}.")
     return matches
 
 

@@ -10,9 +10,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from vllava.data.index import SAMPLE_BYTES, SHARD_SAMPLES, Entry, Facts, index_path, read_index, scan, with_facts
+from vllava.data.address import RemotePath, is_remote, local_path
+from vllava.data.index import SAMPLE_BYTES, SHARD_SAMPLES, Entry, Facts, Place, index_path, read_index, scan, with_facts
+from vllava.data.patience import AbsentUserError, Remote
+from vllava.data.servers import RemoteShard, Servers
 from vllava.data.tar import BLOCK, CONTROL
 from vllava.errors import UserError, reading, reason
 
@@ -22,66 +25,104 @@ MANIFEST_BYTES = 1 << 24  # of a manifest at most, about 80,000 shards
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file and its number of samples; `source` counts the folders of a run, from 0."""
+    """One tar file and its number of samples; `source` counts the folders of a run, from 0.
 
-    path: Path
+    size, sha256: what its manifest lists, if it does. remote: how it is read, if it is on a server.
+    """
+
+    path: Path | RemotePath
     samples: int
     source: int = 0
+    size: int | None = None
+    sha256: str | None = None
+    remote: Remote | None = None
 
 
-def read_manifest(folder: str | Path, remedy: str) -> list[Shard]:
-    """The shards of a folder.
+def read_manifest(folder: str | Path, remedy: str, remote: Remote | None = None) -> list[Shard]:
+    """The shards of a folder, which may be an address; `remote` says how those are read.
 
     Every entry is checked against its file: its name leads to a file in the folder, its size is the one listed (its
     checksum is not read), and the file is large enough for its samples. Raises UserError, which ends with `remedy`,
     for whatever is missing or wrong.
     """
-    folder = _folder(folder)
-    path = folder / MANIFEST
+    where = _folder(folder)
+    if isinstance(where, RemotePath):
+        return _remote_manifest(where, remedy, remote or Remote())
+    path = where / MANIFEST
     with reading(path, remedy):
         if not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
-            raise UserError(f"No shards at {folder}: {path} {what}. {remedy}")
-        try:
-            shards = [_listed(folder, entry) for entry in _listing(path)]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise UserError(f"{path} is not a shard manifest ({reason(error)}). {remedy}") from error
-        if not any(shard.samples for shard, _ in shards):
-            raise UserError(f"{path} lists no samples. {remedy}")
-        for shard, size in shards:
-            _check_file(shard, size, path, remedy)
-    _require_distinct([shard for shard, _ in shards])
-    return [shard for shard, _ in shards]
+            raise UserError(f"No shards at {where}: {path} {what}. {remedy}")
+        if (size := path.stat().st_size) > MANIFEST_BYTES:
+            raise UserError(
+                f"{path} is not a shard manifest ({size} bytes; a manifest has at most {MANIFEST_BYTES}). {remedy}"
+            )
+        shards = _parsed(path.read_bytes(), where, path, remedy)
+        for shard in shards:
+            _check_size(shard, _size_of(shard, path, remedy), path, remedy)
+    _require_distinct(shards)
+    return shards
 
 
-def read_sources(folders: Sequence[str | Path], remedy: str) -> list[Shard]:
+def _remote_manifest(folder: RemotePath, remedy: str, remote: Remote) -> list[Shard]:
+    path = folder / MANIFEST
+    servers = Servers(remote)
+    try:
+        data = servers.store.read(path, MANIFEST_BYTES)
+    except AbsentUserError as error:
+        raise UserError(f"No shards at {folder}: {error} {remedy}") from None
+    shards = [replace(shard, remote=remote) for shard in _parsed(data, folder, path, remedy)]
+    _require_distinct(shards)
+    paths = [shard.path for shard in shards if isinstance(shard.path, RemotePath)]
+    sizes = servers.sizes(paths)
+    for shard, place in zip(shards, paths, strict=True):
+        size = sizes.get(place.url)
+        if size is None:
+            size = shard.size
+        if size is not None:
+            _check_size(shard, size, path, remedy)
+    return shards
+
+
+def read_sources(folders: Sequence[str | Path], remedy: str, remote: Remote | None = None) -> list[Shard]:
     """The shards of several folders; raises UserError where one file is among them twice, by whatever names."""
     shards = [
         replace(shard, source=number)
         for number, folder in enumerate(folders)
-        for shard in read_manifest(folder, remedy)
+        for shard in read_manifest(folder, remedy, remote)
     ]
     _require_distinct(shards)
     return shards
 
 
-def _folder(folder: Any) -> Path:
+def _folder(folder: Any) -> Path | RemotePath:
     if not isinstance(folder, (str, os.PathLike)) or "\0" in str(folder):
         raise UserError(f"{folder!r} is not a folder of shards: name one by its path.")
-    return Path(folder)
+    if is_remote(folder):
+        return RemotePath(str(folder))
+    return Path(local_path(folder)) if isinstance(folder, str) else Path(folder)
 
 
-def _listing(path: Path) -> list:
-    if path.stat().st_size > MANIFEST_BYTES:
-        raise ValueError(f"{path.stat().st_size} bytes; a manifest has at most {MANIFEST_BYTES}")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+def _parsed(data: bytes, folder: Path | RemotePath, path: Path | RemotePath, remedy: str) -> list[Shard]:
+    """The shards that a manifest lists; none is looked at."""
+    try:
+        shards = [_listed(folder, entry) for entry in _listing(data)]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path} is not a shard manifest ({reason(error)}). {remedy}") from error
+    if not any(shard.samples for shard in shards):
+        raise UserError(f"{path} lists no samples. {remedy}")
+    return shards
+
+
+def _listing(data: bytes) -> list:
+    manifest = json.loads(data.decode())
     if not isinstance(manifest, dict) or not isinstance(manifest.get("shards"), list):
         raise ValueError('it is not of the form {"shards": [{"name": …, "samples": …}, …]}')
     return manifest["shards"]
 
 
-def _listed(folder: Path, entry: Any) -> tuple[Shard, int | None]:
-    """A shard and its size in bytes as the manifest lists them."""
+def _listed(folder: Path | RemotePath, entry: Any) -> Shard:
+    """A shard as the manifest lists it."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise ValueError(f"an entry has no name: {_short(entry)}")
     name: str = entry["name"]
@@ -92,7 +133,8 @@ def _listed(folder: Path, entry: Any) -> tuple[Shard, int | None]:
         raise ValueError(f"the name {_short(name)} does not lead to a file in this folder")
     if not _is_count(samples) or not (size is None or _is_count(size)):
         raise ValueError(f"{name} has {_short(samples)} samples and {_short(size)} bytes: counts are whole numbers")
-    return Shard(folder / name, samples), size
+    checksum = entry.get("sha256")
+    return Shard(folder / name, samples, size=size, sha256=checksum if isinstance(checksum, str) else None)
 
 
 def _is_count(value: Any) -> bool:
@@ -104,23 +146,28 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def _check_file(shard: Shard, listed: int | None, manifest: Path, remedy: str) -> None:
-    """The shard is there, as large as the manifest lists it, and large enough for its samples."""
+def _size_of(shard: Shard, manifest: Path, remedy: str) -> int:
+    """The bytes of a file on this machine; raises UserError if it is none."""
     try:
-        found = os.stat(shard.path)
+        found = os.stat(str(shard.path))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{shard.path} is listed in {manifest} but does not exist. {remedy}") from None
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{shard.path} is listed in {manifest} but is not a file. {remedy}")
-    if listed is not None and listed != found.st_size:
+    return found.st_size
+
+
+def _check_size(shard: Shard, found: int, manifest: Path | RemotePath, remedy: str) -> None:
+    """The shard is as large as the manifest lists it, and large enough for its samples."""
+    if shard.size is not None and shard.size != found:
         raise UserError(
-            f"{shard.path} has {found.st_size} bytes, {manifest} lists it with {_short(listed)}: one of the two was "
+            f"{shard.path} has {found} bytes, {manifest} lists it with {_short(shard.size)}: one of the two was "
             f"replaced, or the shard was cut. Make this shard again, or its manifest. {remedy}"
         )
-    if shard.samples * BLOCK > found.st_size or shard.samples > SHARD_SAMPLES:
+    if shard.samples * BLOCK > found or shard.samples > SHARD_SAMPLES:
         raise UserError(
             f"{manifest} says that {shard.path} holds {_short(shard.samples)} samples, but the file has "
-            f"{found.st_size} bytes: a sample takes {BLOCK} of them or more, and a shard holds at most "
+            f"{found} bytes: a sample takes {BLOCK} of them or more, and a shard holds at most "
             f"{SHARD_SAMPLES:,} samples. "
             f"{remedy}"
         )
@@ -128,11 +175,15 @@ def _check_file(shard: Shard, listed: int | None, manifest: Path, remedy: str) -
 
 def _require_distinct(shards: Sequence[Shard]) -> None:
     """Raises UserError where two shards are one file, also through links: its samples would be seen twice."""
-    seen: dict[tuple[int, int], Path] = {}
+    seen: dict[Any, Path | RemotePath] = {}
     for shard in shards:
-        found = os.stat(shard.path)
-        first = seen.setdefault((found.st_dev, found.st_ino), shard.path)
-        if first is not shard.path and found.st_ino:
+        if isinstance(shard.path, RemotePath):
+            identity: Any = shard.path.identity
+        else:
+            found = os.stat(shard.path)
+            identity = (found.st_dev, found.st_ino) if found.st_ino else shard.path
+        first = seen.setdefault(identity, shard.path)
+        if first is not shard.path:
             raise UserError(
                 f"{first} and {shard.path} are the same file: its samples would be seen twice. Name each shard once, "
                 "in one manifest and in one source."
@@ -149,7 +200,9 @@ class ShardReader:
     def __init__(self, shards: list[Shard], capacity: int) -> None:
         self.shards = shards
         self.capacity = capacity
-        self._open: OrderedDict[int, tuple[BinaryIO, list[Entry]]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[Any, list[Entry]]] = OrderedDict()  # files, or what reads like one
+        settings = next((shard.remote for shard in shards if shard.remote), None)
+        self._servers = Servers(settings) if settings else None
 
     def key(self, shard: int, index: int) -> str:
         """The key of a sample; raises UserError where the shard as a whole cannot be read."""
@@ -170,8 +223,7 @@ class ShardReader:
         content = {}
         with reading("the sample"):
             for extension, place in wanted.items():
-                file.seek(place.offset)
-                content[extension] = file.read(place.size)
+                content[extension] = _member(file, place)
                 if len(content[extension]) < place.size:
                     raise UserError("the shard has become shorter since it was opened")
                 if place.crc is not None and zlib.crc32(content[extension]) != place.crc:
@@ -191,41 +243,53 @@ class ShardReader:
             self._open[shard] = file, entries
         return entries
 
-    def _shard(self, shard: int) -> tuple[BinaryIO, list[Entry]]:
+    def _shard(self, shard: int) -> tuple[Any, list[Entry]]:
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
-            self._open[shard] = _opened(self.shards[shard])
+            self._open[shard] = self._opened(self.shards[shard])
             if len(self._open) > self.capacity:
                 self._open.popitem(last=False)[1][0].close()
         return self._open[shard]
 
     def __getstate__(self) -> dict:
-        return {"shards": self.shards, "capacity": self.capacity, "_open": OrderedDict()}  # open files do not travel
+        return {**self.__dict__, "_open": OrderedDict()}  # open files do not travel
+
+    def _opened(self, shard: Shard) -> tuple[Any, list[Entry]]:
+        """A shard's file and its samples; raises UserError where it cannot be read or has not as many as announced."""
+        file: Any = None
+        try:
+            if self._servers and isinstance(shard.path, RemotePath):
+                file = self._servers.shard(shard.path, shard.size, shard.sha256)
+            else:
+                file = open(str(shard.path), "rb")  # noqa: SIM115
+            return file, _entries_of(shard, file)
+        except Exception as error:
+            if file:
+                file.close()
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{shard.path} cannot be read as a tar file ({reason(error)}). Make this shard again."
+            ) from error
 
 
-def _opened(shard: Shard) -> tuple[BinaryIO, list[Entry]]:
-    """A shard's file and its samples; raises UserError where it cannot be read or they are not as many as announced."""
-    file = None
-    try:
-        file = open(shard.path, "rb")  # noqa: SIM115
-        return file, _entries_of(shard, file)
-    except Exception as error:
-        if file:
-            file.close()
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{shard.path} cannot be read as a tar file ({reason(error)}). Make this shard again."
-        ) from error
+def _member(file: Any, place: Place) -> bytes:
+    if isinstance(file, RemoteShard):
+        return file.member(place)
+    file.seek(place.offset)
+    return file.read(place.size)
 
 
-def _entries_of(shard: Shard, file: BinaryIO) -> list[Entry]:
-    size, index = os.fstat(file.fileno()).st_size, index_path(Path(shard.path))
+def _entries_of(shard: Shard, file: Any) -> list[Entry]:
     others: list[str] = []
-    if index.is_file():
-        entries, most = read_index(index, size), SHARD_SAMPLES
+    most = SHARD_SAMPLES
+    if isinstance(file, RemoteShard):
+        size, entries = file.size, file.entries()
     else:
+        size, index = os.fstat(file.fileno()).st_size, index_path(Path(str(shard.path)))
+        entries = read_index(index, size) if index.is_file() else None
+    if entries is None:
         most = 2 * shard.samples + 1000  # no need to count on
         entries, others = scan(file, size, most)
     if len(entries) != shard.samples:

@@ -19,6 +19,7 @@ from PIL import Image
 from vllava.conversation import without_media
 from vllava.data.broken import printable, why
 from vllava.data.packing import ConversationPacker, pack
+from vllava.data.patience import Remote
 from vllava.data.samples import Medium, Sample, SampleDecoder
 from vllava.data.shards import ShardReader, read_manifest
 from vllava.errors import UserError, reading
@@ -65,13 +66,14 @@ def read_samples(
     remedy: str,
     limit: int | None = None,
     packer: ConversationPacker | None = None,
+    remote: Remote | None = None,
 ) -> Iterator[Sample]:
     """The samples of a folder of shards in their order.
 
     A broken one raises UserError, for an evaluation leaves none out; so does one that the packer, if there is one,
     cannot make a question of.
     """
-    for place, reader, shard, index in _places(folder, remedy, limit):
+    for place, reader, shard, index in _places(folder, remedy, limit, remote):
         with _named(place):
             sample = decoder(*reader.read(shard, index))
             _check_question(sample.record)
@@ -80,12 +82,12 @@ def read_samples(
         yield sample
 
 
-def check_rows(folder: str | Path, remedy: str) -> None:
+def check_rows(folder: str | Path, remedy: str, remote: Remote | None = None) -> None:
     """Read the records of a folder of shards, without their media, before time is spent on the first of them.
 
     Raises UserError, which names the sample, where a question's type or options are of an odd kind.
     """
-    for place, reader, shard, index in _places(folder, remedy):
+    for place, reader, shard, index in _places(folder, remedy, remote=remote):
         with _named(place):
             members = reader.read(shard, index, only=("json",))[1]
             with reading("its record"):
@@ -93,9 +95,11 @@ def check_rows(folder: str | Path, remedy: str) -> None:
             _check_question(record)
 
 
-def _places(folder: str | Path, remedy: str, limit: int | None = None) -> Iterator[tuple[str, ShardReader, int, int]]:
+def _places(
+    folder: str | Path, remedy: str, limit: int | None = None, remote: Remote | None = None
+) -> Iterator[tuple[str, ShardReader, int, int]]:
     """Of each sample of a folder the name to call it by, and where to read it."""
-    shards = read_manifest(folder, remedy)
+    shards = read_manifest(folder, remedy, remote)
     reader = ShardReader(shards, capacity=1)
     places = ((s, i) for s, shard in enumerate(shards) for i in range(shard.samples))
     for shard, index in islice(places, limit):

@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from vllava.data.build import conversation_packer, sample_decoder
+from vllava.data.patience import Remote
 from vllava.errors import UserError
 from vllava.evaluation.answers import Answer, answer_all, check_rows, read_samples
 from vllava.evaluation.report import KINDS, MATCH, sample_rows, write_report
@@ -30,13 +32,14 @@ def evaluate(
     template: str | None = None,
     shown: int = 8,
     plots: dict[str, str] | None = None,
+    cache: Remote | dict[str, Any] | None = None,
 ) -> dict:
     """Answer every question of every source whose medium the model takes; write metrics, answers and a report.
 
     sources: medium -> name -> folder of shards; sources of media that the model does not take are passed over. A sample
     counts with the medium it has, wherever its folder stands; the headline figures are over all sources together.
     num_frames: of a video, and template: of the prompt, if not as in training. `shown` samples of each medium, and the
-    loss curves `plots` (name -> PNG file), go into the report.
+    loss curves `plots` (name -> PNG file), go into the report. cache: how shards on servers are read.
     Writes metrics.json, answers.jsonl and report.html to `run_dir`, and prints a table. Raises UserError for a
     missing checkpoint or shards, and for a sample that cannot be asked; of odd questions before the first is asked.
     A question without a true answer is asked and not scored.
@@ -53,12 +56,13 @@ def evaluate(
         taken = ", ".join(model.specs)
         raise UserError(f"evaluation.sources names {', '.join(sources)} alone; the model takes {taken}.")
     places = dict.fromkeys((name, folder) for medium in media for name, folder in sources[medium].items())
+    remote = Remote.of(cache)
     for _, folder in places:
-        check_rows(folder, remedy)
+        check_rows(folder, remedy, remote)
     asked: dict[str, dict[str, tuple[list[Answer], list[Answer]]]] = {}  # medium -> source -> (with it, blind)
     rows: dict[str, list] = {kind: [] for kind in KINDS}
     for name, folder in places:
-        samples = list(read_samples(folder, decode, remedy, packer=packer))
+        samples = list(read_samples(folder, decode, remedy, packer=packer, remote=remote))
         found = answer_all(model, packer, samples, batch_size, max_new_tokens)
         blind = answer_all(model, packer, samples, batch_size, max_new_tokens, blind=True)
         for sample, answer, without in zip(samples, found, blind, strict=True):

@@ -118,16 +118,17 @@ def measure(assets: Path, world: Path) -> dict[str, dict[str, float]]:
 def recipe(config: dict) -> dict:
     """The part of a run's configuration that decides what it trains, without the paths of the run itself.
 
-    What is null, and a group of nothing else, decides nothing.
+    Before and after `config.settle` it is the same: folders that are not named decide nothing.
     """
 
     def without_paths(node: Any) -> Any:
         if not isinstance(node, dict):
             return node
-        kept = {key: without_paths(value) for key, value in node.items() if key != "start_from"}
-        return {key: value for key, value in kept.items() if value is not None and (value != {} or node[key] == {})}
+        return {key: without_paths(value) for key, value in node.items() if key != "start_from"}
 
-    return {key: without_paths(config[key]) for key in RECIPE_KEYS}
+    found = {key: without_paths(config[key]) for key in RECIPE_KEYS}
+    data = {key: value for key, value in found["data"].items() if key not in ("stage1", "stage2", "held_out")}
+    return {**found, "data": {**data, "sources": {kind: named for kind, named in data["sources"].items() if named}}}
 
 
 def gather(runs: Path, assets: Path, world: Path) -> dict:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllava.batch import MediumSpec
 from vllava.data.build import conversation_packer, sample_decoder
+from vllava.data.patience import Remote
 from vllava.data.samples import Sample
 from vllava.evaluation.answers import answer_all, read_samples
 from vllava.evaluation.report import sample_rows
@@ -35,12 +36,13 @@ class Preview:
         self.packer = conversation_packer(
             specs, tokenizer, data["template"], template_options=data.get("template_options")
         )
+        remote = Remote.of(data.get("cache"))
         self.samples: list[Sample] = []
         for kind in (*specs, "text"):
             samples = (
                 sample
                 for folder in sources.get(kind, [])
-                for sample in read_samples(folder, self.decode, remedy, packer=self.packer)
+                for sample in read_samples(folder, self.decode, remedy, packer=self.packer, remote=remote)
             )
             self.samples += islice(samples, SHOWN)
 

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vllava.data.address import is_remote, local_path
 from vllava.data.broken import printable
 from vllava.errors import reading
 
@@ -43,9 +44,9 @@ class Reasons:
 
 
 def read_rejects(folder: str) -> Reasons:
-    """The rejects of a folder of shards, if a list of them lies there; read a line at a time."""
-    found, path = Reasons(), Path(folder) / REJECTS
-    if not path.is_file():
+    """The rejects of a folder of shards, if a list of them lies there on this machine; read a line at a time."""
+    found = Reasons()
+    if is_remote(folder) or not (path := Path(local_path(folder)) / REJECTS).is_file():
         return found
     with reading(path), open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):

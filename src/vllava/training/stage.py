@@ -19,6 +19,7 @@ class Stage(Task):
     """Stage 1 trains the projector, stage 2 the projector and the LLM (section 3.2): `trained` says which."""
 
     model: VideoLlava
+    shares_batches = True
 
     def loss_sum(self, batch: Batch) -> Tensor:
         return self.model.loss_sum(batch)

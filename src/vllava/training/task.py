@@ -76,6 +76,8 @@ class Task(L.LightningModule):
     batch, independent of how it was packed.
     """
 
+    shares_batches = False  # whether processes may share a global batch out without changing what is learnt
+
     def __init__(self, model: nn.Module, trained: list[str], recipe: Recipe, max_broken_share: float = 0.01) -> None:
         super().__init__()
         self.model = model
