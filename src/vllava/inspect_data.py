@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from vllava.config import EVALUATE, composed
+from vllava.config import composed
 from vllava.data.address import shown
 from vllava.data.datamodule import DataModule
 from vllava.data.mixture import Source
@@ -29,6 +29,7 @@ from vllava.inspection.texts import measure
 from vllava.model.tokenizer import load_tokenizer
 from vllava.model.video_llava import require_context
 from vllava.plan import context, plan_encoders
+from vllava.settle import EVALUATE
 
 NO_PAGE = (
     "{} does not train on conversations: there is no page for it. Look at the data of a stage (+experiment=stage2)."
@@ -99,20 +100,12 @@ def _misfit(settings: dict[str, Any], specs: dict) -> str | None:
 
 def _shown_settings(settings: dict[str, Any], run: Run) -> dict[str, object]:
     data = settings["data"]
-    keys = [
-        "template",
-        "image_fit",
-        "num_frames",
-        "frame_sampling",
-        "max_length",
-        "token_budget",
-        "global_batch",
-        "seed",
-    ]
+    wanted = ("template", "image_fit", "num_frames", "frame_sampling", "max_length", "token_budget", "global_batch")
     return {
         "tokenizer": settings["tokenizer"],
-        **{key: data[key] for key in keys if data.get(key) is not None},
+        **{key: data[key] for key in wanted if data.get(key) is not None},
         **({"mixture": shown(str(data["mixture"]))} if data.get("mixture") else {}),
+        "seed": data["seed"],
         "optimiser steps": "without end" if run.steps is None else f"{run.steps:,}",
     }
 
