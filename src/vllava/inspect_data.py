@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="the page (default: outputs/inspect/EXPERIMENT-ABLATION.html)")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where something would waste the run")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         cfg = composed(options.overrides)
         out = options.out or Path("outputs/inspect") / f"{cfg.experiment}-{cfg.ablation}.html"
