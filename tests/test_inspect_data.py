@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import json
 import re
 import shutil
@@ -131,7 +132,7 @@ def test_a_histogram_has_every_sample_in_its_bin():
     edges, counts = found.histogram()
     assert edges[0] == 0 and edges[1] == 16 and edges[-1] > 5000 and np.allclose(edges[5:] / edges[1:-4], 2)
     for number, kind in enumerate(MODALITIES):
-        bins = zip(edges[:-1], edges[1:], strict=True)
+        bins = itertools.pairwise(edges)
         by_hand = [sum(low <= t < high for t in tokens[kinds == number]) for low, high in bins]
         assert counts[kind].tolist() == by_hand
     assert found.too_long == sum(t > 1000 for t in tokens)
@@ -327,8 +328,8 @@ def test_pictures_and_times_are_those_of_the_decoder(source, tokenizer):
 
 TEXTS = [
     "How many red circles are there?",
-    "视频里有什么？一只猫🐈‍⬛和👩‍👩‍👧。",
-    "Zażółć gęślą jaźń, Ωμέγα,\tטקסט\n\n  spaces  ",
+    "视频里有什么？一只猫🐈‍⬛和👩‍👩‍👧。",  # noqa: RUF001
+    "Zażółć gęślą jaźń, Ωμέγα,\tטקסט\n\n  spaces  ",  # noqa: RUF001
 ]
 
 
@@ -418,10 +419,10 @@ def test_no_weights_are_read_and_published_encoders_are_known(source, tmp_path):
     foundations.append(f"foundations.languagebind_video={tmp_path / 'languagebind-video'}")
     folder = source(FINE)
     _, page = inspected(tmp_path, f"data.sources.image=[{folder}]", "data.global_batch=12", *foundations)
-    assert "image: 9 tokens" in page and "video: 80 tokens" in page and "48 × 48 pixels" in page
+    assert "image: 9 tokens" in page and "video: 80 tokens" in page and "48 \u00d7 48 pixels" in page
     published = ["model=video_llava_7b", f"tokenizer={TOKENIZER}"]
     _, page = inspected(tmp_path, f"data.sources.image=[{folder}]", "data.global_batch=12", *published)
-    assert "image: 256 tokens" in page and "video: 2,056 tokens" in page and "224 × 224 pixels" in page
+    assert "image: 256 tokens" in page and "video: 2,056 tokens" in page and "224 \u00d7 224 pixels" in page
 
 
 def test_specs_from_settings_are_those_of_the_encoders():

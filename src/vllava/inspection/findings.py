@@ -123,14 +123,20 @@ def _all_together(run: Run) -> Iterator[Finding]:
 def _shown_broken(run: Run) -> Iterator[Finding]:
     left_out = [sample for batch in run.batches for sample in batch.broken]
     seen = len(left_out) + sum(len(batch.samples) for batch in run.batches)
-    counted = any(_too_long(run))  # those are spoken of already
-    broken = [sample for sample in left_out if not (counted and "data.max_length=" in str(sample.broken))]
+    broken = [sample for sample in left_out if not _is_counted(run, sample.broken or "")]
     if broken and (rule := run.limit.exceeded(len(broken), seen)):
         yield Finding(
             f"{len(broken)} of the first {seen} samples are broken, and {rule}: mend or remove them. The first: "
             f"{broken[0].key}: {broken[0].broken}",
             waste=len(broken) / seen,
         )
+
+
+def _is_counted(run: Run, reason: str) -> bool:
+    """Whether the indexes tell how many samples have such a fault: those checks know better than the first batches."""
+    if any(reason in source.broken for source in run.survey.sources):
+        return True
+    return "data.max_length=" in reason or reason.startswith("the model has no encoder")
 
 
 def _not_encoded(run: Run) -> Iterator[Finding]:

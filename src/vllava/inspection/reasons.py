@@ -27,11 +27,15 @@ class Reasons:
 
     def add(self, where: str, reason: str) -> None:
         """Count one; `where` names the sample."""
-        kind = _PARTICULAR.sub("…", printable(reason, 200))
+        kind = _kind(reason)
         if kind not in self.counts and len(self.counts) >= KINDS:
             kind = OTHER
         self.counts[kind] += 1
         self.examples.setdefault(kind, (printable(where), printable(reason)))
+
+    def __contains__(self, reason: str) -> bool:
+        """Whether one of its kind was counted."""
+        return _kind(reason) in self.counts
 
     @property
     def total(self) -> int:
@@ -41,6 +45,10 @@ class Reasons:
     def rows(self) -> list[tuple[int, str, str]]:
         """(how many, the first one's reason, where it stands), the most frequent first."""
         return [(count, self.examples[kind][1], self.examples[kind][0]) for kind, count in self.counts.most_common()]
+
+
+def _kind(reason: str) -> str:
+    return _PARTICULAR.sub("…", printable(reason, 200))
 
 
 def read_rejects(folder: str) -> Reasons:
