@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vllava.config import composed
+from vllava.data.address import shown
 from vllava.data.datamodule import DataModule
 from vllava.data.mixture import Source
 from vllava.data.packing import ConversationPacker
@@ -28,6 +29,7 @@ from vllava.inspection.texts import measure
 from vllava.model.tokenizer import load_tokenizer
 from vllava.model.video_llava import require_context
 from vllava.plan import context, plan_encoders
+from vllava.settle import EVALUATE
 
 NO_PAGE = (
     "{} does not train on conversations: there is no page for it. Look at the data of a stage (+experiment=stage2)."
@@ -47,11 +49,11 @@ def look(cfg: DictConfig, batches: int, out: Path, whole: int = WHOLE) -> list[F
         raise UserError(NO_PAGE.format(cfg.experiment))
     seen = survey(data.shards, _sources(settings["data"]), data.draws, packer.lengths(data.shards), packer.max_length)
     texts = [measure(data.shards, number, packer) for number in range(len(data.sources))]
-    shown = first_batches(data, batches, whole)
+    first = first_batches(data, batches, whole)
     run = Run(
         seen,
         texts,
-        shown,
+        first,
         data.global_batch,
         _epochs(settings["trainer"]),
         settings["trainer"].get("max_steps", -1),
@@ -60,14 +62,15 @@ def look(cfg: DictConfig, batches: int, out: Path, whole: int = WHOLE) -> list[F
     )
     found = findings(run)
     title = f"{cfg.experiment} ({cfg.ablation}): the data"
-    write_page(out, title, _shown_settings(settings, run), found, seen, texts, shown, packer.token_budget)
+    write_page(out, title, _shown_settings(settings, run), found, seen, texts, first, packer.token_budget)
     return found
 
 
 def _data(cfg: DictConfig, settings: dict[str, Any]) -> tuple[DataModule, dict]:
     """The data module as a run would build it, and the specs of its encoders, from their settings alone."""
     if cfg.chain:
-        raise UserError(f"{cfg.experiment} is a chain: look at one of {', '.join(cfg.chain)} (+experiment=NAME).")
+        stages = ", ".join(name for name in cfg.chain if name != EVALUATE)
+        raise UserError(f"{cfg.experiment} is a chain: look at one of {stages} (+experiment=NAME).")
     if cfg.evaluation and "_target_" in cfg.evaluation:
         raise UserError(f"{cfg.experiment} trains on nothing: look at the data of a stage (+experiment=stage2).")
     if str(cfg.data._target_).endswith("caption_data"):
@@ -97,20 +100,12 @@ def _misfit(settings: dict[str, Any], specs: dict) -> str | None:
 
 def _shown_settings(settings: dict[str, Any], run: Run) -> dict[str, object]:
     data = settings["data"]
-    keys = (
-        "template",
-        "image_fit",
-        "num_frames",
-        "frame_sampling",
-        "max_length",
-        "token_budget",
-        "global_batch",
-        "seed",
-    )
+    wanted = ("template", "image_fit", "num_frames", "frame_sampling", "max_length", "token_budget", "global_batch")
     return {
         "tokenizer": settings["tokenizer"],
-        **{key: data[key] for key in keys if data.get(key) is not None},
-        **({"mixture": data["mixture"]} if data.get("mixture") else {}),
+        **{key: data[key] for key in wanted if data.get(key) is not None},
+        **({"mixture": shown(str(data["mixture"]))} if data.get("mixture") else {}),
+        "seed": data["seed"],
         "optimiser steps": "without end" if run.steps is None else f"{run.steps:,}",
     }
 
@@ -124,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="the page (default: outputs/inspect/EXPERIMENT-ABLATION.html)")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where something would waste the run")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         cfg = composed(options.overrides)
         out = options.out or Path("outputs/inspect") / f"{cfg.experiment}-{cfg.ablation}.html"

@@ -13,6 +13,7 @@ from vllava.batch import IGNORE_INDEX
 from vllava.data.broken import printable, why
 from vllava.data.datamodule import DataModule, GlobalBatchSampler
 from vllava.data.packing import ConversationPacker, PackedSample
+from vllava.data.patience import RemoteUserError
 from vllava.data.samples import Medium
 from vllava.data.shards import ShardReader
 from vllava.inspection.tokens import Chip, chips
@@ -36,7 +37,6 @@ class ShownSample:
     """One sample of a batch: whole, or in figures alone, or broken."""
 
     key: str
-    source: str
     broken: str | None = None
     tokens: int = 0
     text: int = 0  # tokens of it that are no visual ones
@@ -109,14 +109,15 @@ def _show(
     """A sample as the stream would prepare it; not packed where it is broken."""
     shard = data.shards[place[0]]
     packer = data.assembler
-    shown = ShownSample(f"{shard.path}:{reader.key(*place)}", data.sources[shard.source])
+    shown = ShownSample(printable(f"{shard.path}:{reader.key(*place)}"))
     try:
         sample = data.decode(*reader.read(*place))
         packed = packer.prepare(sample)
+    except RemoteUserError:  # of a server, not of the sample
+        raise
     except Exception as error:  # of a stranger's sample, as when it is trained on
         shown.broken = why(error)
         return shown, None
-    shown.key = printable(shown.key)
     shown.tokens = len(packed)
     shown.text = sum(token >= 0 for token in packed.token_ids)
     shown.supervised = sum(label != IGNORE_INDEX for label in packed.labels)

@@ -44,9 +44,8 @@ class Run:
     def steps(self) -> int | None:
         """Optimiser steps of the run; None without end."""
         of_epochs = None if self.epochs is None else self.epochs * -(-self.survey.drawn // self.global_batch)
-        return min(
-            (n for n in (of_epochs, None if self.max_steps < 0 else self.max_steps) if n is not None), default=None
-        )
+        known = [steps for steps in (of_epochs, self.max_steps) if steps is not None and steps >= 0]
+        return min(known, default=None)
 
     @property
     def limit(self) -> BrokenLimit:
@@ -73,13 +72,14 @@ def _unfit(run: Run) -> Iterator[Finding]:
         for kind, count in source.unfit.items():
             yield Finding(
                 f"{_of(count, source)} hold a medium of kind {kind}, for which the model has no encoder: choose one "
-                f"(encoder/{kind}=languagebind), or leave the folder out (data.modalities, data.sources.{source.modality}).",
+                f"(encoder/{kind}=languagebind), or leave the folder out (data.modalities, or "
+                f"data.sources.{source.modality}).",
                 waste=count * source.times / max(run.survey.drawn, 1),
             )
 
 
 def _broken(run: Run) -> Iterator[Finding]:
-    count = {source.folder: source.broken.total for source in run.survey.sources}
+    count = [source.broken.total for source in run.survey.sources]
     if rule := _exceeded(run, count):
         worst = max(run.survey.sources, key=lambda source: source.broken.total)
         number, reason, where = worst.broken.rows[0]
@@ -92,15 +92,15 @@ def _broken(run: Run) -> Iterator[Finding]:
 
 
 def _too_long(run: Run) -> Iterator[Finding]:
-    count = {source.folder: source.too_long for source in run.survey.sources}
+    count = [source.too_long for source in run.survey.sources]
     if rule := _exceeded(run, count):
         worst = max(run.survey.sources, key=lambda source: source.too_long)
         longest = max(int(source.column("tokens").max(initial=0)) for source in run.survey.sources)
         yield Finding(
             f"{_share(run, count):.1%} of an epoch's samples have more tokens than data.max_length="
-            f"{worst.max_length:,} (the longest about {longest:,}), most of them ({worst.too_long:,}) in {worst.folder}, "
-            f"and would be left out, and {rule}: raise data.max_length as far as the LLM's context allows, take fewer "
-            "frames (data.num_frames), or split the conversations when you prepare them.",
+            f"{worst.max_length:,} (the longest about {longest:,}), most of them ({worst.too_long:,}) in "
+            f"{worst.folder}, and would be left out, and {rule}: raise data.max_length as far as the LLM's context "
+            "allows, take fewer frames (data.num_frames), or split the conversations when you prepare them.",
             waste=_share(run, count),
         )
 
@@ -108,11 +108,11 @@ def _too_long(run: Run) -> Iterator[Finding]:
 def _all_together(run: Run) -> Iterator[Finding]:
     """Where each kind alone is within the limit, and all are not."""
     parts = [
-        {source.folder: source.broken.total for source in run.survey.sources},
-        {source.folder: source.too_long for source in run.survey.sources},
-        {source.folder: source.unfit.total() for source in run.survey.sources},
+        [source.broken.total for source in run.survey.sources],
+        [source.too_long for source in run.survey.sources],
+        [source.unfit.total() for source in run.survey.sources],
     ]
-    count = {source.folder: sum(part[source.folder] for part in parts) for source in run.survey.sources}
+    count = [sum(numbers) for numbers in zip(*parts, strict=True)]
     if (rule := _exceeded(run, count)) and not any(_exceeded(run, part) for part in parts):
         yield Finding(
             f"{_share(run, count):.1%} of an epoch's samples are broken or too long, and {rule}: mend or remove them.",
@@ -121,14 +121,22 @@ def _all_together(run: Run) -> Iterator[Finding]:
 
 
 def _shown_broken(run: Run) -> Iterator[Finding]:
-    broken = [sample for batch in run.batches for sample in batch.broken]
-    seen = len(broken) + sum(len(batch.samples) for batch in run.batches)
+    left_out = [sample for batch in run.batches for sample in batch.broken]
+    seen = len(left_out) + sum(len(batch.samples) for batch in run.batches)
+    broken = [sample for sample in left_out if not _is_counted(run, sample.broken or "")]
     if broken and (rule := run.limit.exceeded(len(broken), seen)):
         yield Finding(
             f"{len(broken)} of the first {seen} samples are broken, and {rule}: mend or remove them. The first: "
             f"{broken[0].key}: {broken[0].broken}",
             waste=len(broken) / seen,
         )
+
+
+def _is_counted(run: Run, reason: str) -> bool:
+    """Whether the indexes tell how many samples have such a fault: those checks know better than the first batches."""
+    if any(reason in source.broken for source in run.survey.sources):
+        return True
+    return "data.max_length=" in reason or reason.startswith("the model has no encoder")
 
 
 def _not_encoded(run: Run) -> Iterator[Finding]:
@@ -189,9 +197,9 @@ def _duplicates(run: Run) -> Iterator[Finding]:
 def _few_steps(run: Run) -> Iterator[Finding]:
     if run.steps is not None and run.steps < STEPS:
         yield Finding(
-            f"The run has {run.steps} optimiser step{'' if run.steps == 1 else 's'} ({run.survey.drawn:,} samples of an "
-            f"epoch, {run.global_batch} to a step), too few to learn from: lower data.global_batch, or take more epochs "
-            "(trainer.max_epochs).",
+            f"The run has {run.steps} optimiser step{'' if run.steps == 1 else 's'} ({run.survey.drawn:,} samples of "
+            f"an epoch, {run.global_batch} to a step), too few to learn from: lower data.global_batch, or take more "
+            "epochs (trainer.max_epochs).",
             waste=1 - run.steps / STEPS,
         )
 
@@ -200,14 +208,15 @@ def _few_steps(run: Run) -> Iterator[Finding]:
 
 
 def _notes(run: Run) -> Iterator[Finding]:
-    for source in run.survey.sources:
+    for number, source in enumerate(run.survey.sources):
         for count, what in ((source.broken.total, "broken"), (source.too_long, "longer than data.max_length")):
-            if count:
+            alone = [count if n == number else 0 for n in range(len(run.survey.sources))]
+            if count and not _exceeded(run, alone):
                 yield Finding(f"{_of(count, source)} are {what} and will be left out.", note=True)
         if source.unindexed:
             yield Finding(
-                f"{source.unindexed:,} shards of {source.folder} have no index, so the sizes of their media are unknown, "
-                f"and duplicates among them are not found: python -m data_prep.index {source.folder}",
+                f"{source.unindexed:,} shards of {source.folder} have no index, so the sizes of their media are "
+                f"unknown, and duplicates among them are not found: python -m data_prep.index {source.folder}",
                 note=True,
             )
         if rejected := source.rejects.total:
@@ -230,14 +239,14 @@ CHECKS = (
 # --- shares of an epoch -----------------------------------------------------------------------------------------------
 
 
-def _share(run: Run, count: dict[str, int]) -> float:
-    """The share of an epoch that so many samples of each folder are."""
-    drawn = sum(count[source.folder] * source.times for source in run.survey.sources)
+def _share(run: Run, count: Sequence[int]) -> float:
+    """The share of an epoch that so many samples of each source are."""
+    drawn = sum(number * source.times for number, source in zip(count, run.survey.sources, strict=True))
     return drawn / max(run.survey.drawn, 1)
 
 
-def _exceeded(run: Run, count: dict[str, int]) -> str | None:
-    """Why training would stop, in words, with so many bad samples of each folder in an epoch."""
+def _exceeded(run: Run, count: Sequence[int]) -> str | None:
+    """Why training would stop, in words, with so many bad samples of each source in an epoch."""
     planned = run.limit.planned or 0
     return run.limit.exceeded(round(_share(run, count) * planned), planned)
 

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vllava.data.address import is_remote, local_path
 from vllava.data.broken import printable
 from vllava.errors import reading
 
@@ -26,11 +27,15 @@ class Reasons:
 
     def add(self, where: str, reason: str) -> None:
         """Count one; `where` names the sample."""
-        kind = _PARTICULAR.sub("…", printable(reason, 200))
+        kind = _kind(reason)
         if kind not in self.counts and len(self.counts) >= KINDS:
             kind = OTHER
         self.counts[kind] += 1
         self.examples.setdefault(kind, (printable(where), printable(reason)))
+
+    def __contains__(self, reason: str) -> bool:
+        """Whether one of its kind was counted."""
+        return _kind(reason) in self.counts
 
     @property
     def total(self) -> int:
@@ -42,10 +47,14 @@ class Reasons:
         return [(count, self.examples[kind][1], self.examples[kind][0]) for kind, count in self.counts.most_common()]
 
 
+def _kind(reason: str) -> str:
+    return _PARTICULAR.sub("…", printable(reason, 200))
+
+
 def read_rejects(folder: str) -> Reasons:
-    """The rejects of a folder of shards, if a list of them lies there; read a line at a time."""
-    found, path = Reasons(), Path(folder) / REJECTS
-    if not path.is_file():
+    """The rejects of a folder of shards, if a list of them lies there on this machine; read a line at a time."""
+    found = Reasons()
+    if is_remote(folder) or not (path := Path(local_path(folder)) / REJECTS).is_file():
         return found
     with reading(path), open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):

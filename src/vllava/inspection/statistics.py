@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vllava.batch import MediumSpec
+from vllava.data.address import shown
 from vllava.data.index import Entry
 from vllava.data.lengths import Lengths
 from vllava.data.mixture import Source
@@ -27,7 +28,7 @@ class SourceStatistics:
     """One source. `columns` hold a number for each sample, or each picture or video, of which it is known."""
 
     modality: str  # that it is named under
-    folder: str
+    folder: str  # as it may be shown
     samples: int
     drawn: int  # of an epoch
     max_length: int
@@ -115,7 +116,7 @@ def survey(
     """Read every index, a shard at a time; in memory stay a few numbers of each sample."""
     reader = ShardReader(shards, capacity=1)
     found = [
-        SourceStatistics(one.modality, one.folder, 0, drawn, max_length, rejects=read_rejects(one.folder))
+        SourceStatistics(one.modality, shown(one.folder), 0, drawn, max_length, rejects=read_rejects(one.folder))
         for one, drawn in zip(sources, draws, strict=True)
     ]
     parts: list[dict[str, list[np.ndarray]]] = [defaultdict(list) for _ in found]

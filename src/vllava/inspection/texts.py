@@ -13,6 +13,7 @@ from vllava.batch import IGNORE_INDEX
 from vllava.conversation import encode, read_conversation, without_media
 from vllava.data.broken import printable, why
 from vllava.data.packing import ConversationPacker
+from vllava.data.patience import RemoteUserError
 from vllava.data.record import read_record
 from vllava.data.shards import Shard, ShardReader
 from vllava.inspection.reasons import Reasons
@@ -54,6 +55,8 @@ def measure(shards: list[Shard], source: int, packer: ConversationPacker) -> Tex
                 try:
                     record = read_record(reader.read(number, index, only=("json",))[1])
                     _add(found, read_conversation(record)[0], kinds, packer)
+                except RemoteUserError:  # of a server, not of the sample
+                    raise
                 except Exception as error:  # of a stranger's sample, as when it is trained on
                     found.broken.add(key, why(error))
                 found.conversations += 1
