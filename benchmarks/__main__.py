@@ -11,9 +11,22 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import ablation, data, decoding, end_to_end, generation, gpu, loader, memory, scaling, step
+from benchmarks import (
+    ablation,
+    balance,
+    data,
+    decoding,
+    end_to_end,
+    generation,
+    gpu,
+    loader,
+    memory,
+    prepare,
+    scaling,
+    step,
+)
 
-_MODULES = (step, ablation, data, loader, decoding, end_to_end, generation, memory, scaling, gpu)
+_MODULES = (step, ablation, balance, data, loader, prepare, decoding, end_to_end, generation, memory, scaling, gpu)
 PARTS = {part.__name__.split(".")[1]: part for part in _MODULES}
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from vllava.data.writing import MANIFEST, PLACEHOLDERS, modality, write_manifest, write_tar
 from vllava.errors import UserError, reason
 
-__all__ = ["MANIFEST", "PLACEHOLDERS", "modality", "write_manifest", "write_shard"]
+__all__ = ["MANIFEST", "PLACEHOLDERS", "members", "modality", "write_manifest", "write_shard"]
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 Medium = tuple[str, bytes | list[bytes]]  # a file by its extension, or the extension of each frame and the frames
 
 
@@ -22,14 +23,15 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict, Sequence[Medium]]
     …]) for a video whose frames were taken already. Raises UserError, which names the key, for a key, record or medium
     that could not be read again. Whether a model can be trained on the sample is for the reader to say.
     """
-    return write_tar(Path(path), ((key, _members(key, record, media)) for key, record, media in samples))
+    return write_tar(Path(path), ((key, members(key, record, media)) for key, record, media in samples))
 
 
-def _members(key: str, record: dict, media: Sequence[Medium]) -> dict[str, bytes]:
+def members(key: str, record: dict, media: Sequence[Medium]) -> dict[str, bytes]:
+    """The files of a sample by extension; raises UserError, which names the key, for what cannot be written as such."""
     if isinstance(key, str) and not {"", ".", ".."}.isdisjoint(key.split("/")):
         raise UserError(f"The key {key!r} cannot be written: unpacked, its files would not lie where the shard does.")
     try:
-        members = {"json": json.dumps(record, ensure_ascii=False, allow_nan=False).encode()}
+        members = {"json": _JSON.encode(record).encode()}
     except (TypeError, ValueError, RecursionError) as error:  # ValueError: NaN, or half of a surrogate pair
         raise UserError(f"The record of {key!r} cannot be written as JSON ({reason(error)}).") from error
     for number, (extension, data) in enumerate(media):

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data_prep.shards import MANIFEST, PLACEHOLDERS, write_manifest, write_shard
 from data_prep.toy_language import (
     TEMPORAL_TYPES,
@@ -62,6 +64,11 @@ SPLITS: dict[str, tuple[Source, ...]] = {
     "stage1": (
         Source("stage1/images", "image", "caption", 3000),
         Source("stage1/videos", "video", "caption", 3000),
+    ),
+    "stage2-demo": (  # a part of stage2's samples: what a demo learns from in minutes
+        Source("stage2/images", "image", "questions", 2_500),
+        Source("stage2/videos", "video", "questions", 11_500, time_first=True),
+        Source("stage2/text", "text", "questions", 250),
     ),
     "stage2": (
         Source("stage2/images", "image", "questions", 4_500),
@@ -200,7 +207,8 @@ def make(split: str, out: Path, seed: int, scale: float, processes: int) -> None
             with replacing(folder, not_ours=not_ours) as unfinished:
                 starts = range(0, total, SHARD_SAMPLES)
                 jobs = [(unfinished, source, seed, i, min(SHARD_SAMPLES, total - s)) for i, s in enumerate(starts)]
-                shards = list(pool.map(_write, jobs))
+                made = pool.map(_write, jobs)
+                shards = list(tqdm(made, source.name, len(jobs), leave=False, disable=None, unit=" shards"))
                 settings = {"world": "toy", "seed": seed, **asdict(source), "samples": total}
                 write_manifest(unfinished, shards, settings)
             size = sum(shard["bytes"] for shard in shards)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_fixtures import SPECS, image_sample, talk, text_sample, video_sample, write_source
 
+from benchmarks.balance import drawn, excess
 from vllava.conversation import encode
 from vllava.data.build import conversation_packer
 from vllava.data.deal import among_ranks, into_rows
@@ -56,17 +57,6 @@ def test_hand_computed_deals(tokens, loads):
     assert [costs[share, 0].sum() for share in among_ranks(costs, 2)] == loads
 
 
-def drawn(stage, samples, rng):
-    """Costs of samples as the paper's data have them: media by their counts, texts long-tailed."""
-    shares, medium = {
-        "stage1": ((558, 0, 702), 60),
-        "stage2": ((624, 41, 100), 220),
-    }[stage]
-    kind = rng.choice(3, size=samples, p=np.array(shares) / sum(shares))
-    text = np.clip(rng.lognormal(np.log(medium), 0.8 if stage == "stage2" else 0.3, samples), 30, 2000).astype(int)
-    return np.stack([np.array([256, 0, 2056])[kind] + text, np.array([1, 0, 8])[kind]], axis=1)
-
-
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 @pytest.mark.parametrize("ranks", [8, 64])
 def test_the_papers_mixtures_are_dealt_evenly(stage, ranks):
@@ -74,11 +64,10 @@ def test_the_papers_mixtures_are_dealt_evenly(stage, ranks):
     before, after, frames = [], [], []
     for _ in range(6):
         batch = drawn(stage, 16 * ranks, rng)
-        loads = np.array([batch[share].sum(0) for share in among_ranks(batch, ranks)])
-        turns = np.array([batch[rank::ranks, 0].sum() for rank in range(ranks)])
-        before.append(turns.max() / turns.mean())
-        after.append(loads[:, 0].max() / loads[:, 0].mean())
-        frames.append(loads[:, 1].max() / loads[:, 1].mean())
+        before.append(excess(batch, [np.arange(rank, len(batch), ranks) for rank in range(ranks)])[0])
+        tokens, of_frames = excess(batch, among_ranks(batch, ranks))
+        after.append(tokens)
+        frames.append(of_frames)
     assert np.mean(after) < 1.03 < 1.15 < np.mean(before)
     assert np.mean(frames) < 1.08
 

@@ -19,10 +19,11 @@ MAY_IMPORT = {
     "data": {"batch", "errors", "conversation", "pixels"},
     "model": {"batch", "errors", "folders", "conversation", "pixels"},
     "training": {"batch", "errors", "model", "pixels"},
+    "inspection": {"batch", "errors", "conversation", "data", "training"},
     "evaluation": {"batch", "errors", "folders", "conversation", "data", "model"},
 }
 HYDRA = {"hydra", "omegaconf"}
-MAY_USE_HYDRA = {"chain.py", "config.py", "plan.py", "run.py", "settle.py"}
+MAY_USE_HYDRA = {"chain.py", "config.py", "inspect_data.py", "plan.py", "run.py", "settle.py"}
 
 
 def imported_modules(code, package="vllava"):

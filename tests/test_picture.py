@@ -8,7 +8,7 @@ import pytest
 from picture_fixtures import bmp_with_alpha, chunk, encoded, exif, png, quadrants, tiff
 from PIL import Image, ImageCms
 
-from vllava.data.picture import decode_image
+from vllava.data.picture import decode_image, image_size
 from vllava.errors import UserError
 
 FILES = Path(__file__).parent / "data" / "pictures"
@@ -410,3 +410,25 @@ def test_colour_profiles_are_ignored():
     """As by the original: a profile changes no pixel."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
     assert (decoded(encoded(quadrants(), "PNG", icc_profile=profile)) == quadrants()).all()
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_the_size_of_a_jpeg_is_known_from_its_head(mode, progressive, orientation):
+    tags = Image.Exif()
+    if orientation:
+        tags[0x0112] = orientation
+    for size in ((1, 1), (640, 360), (17, 300)):
+        data = encoded(Image.new("RGB", size).convert(mode), "JPEG", progressive=progressive, exif=tags)
+        assert image_size(data) == decode_image(data).size == (size[::-1] if orientation == 6 else size)
+
+
+def test_the_size_of_a_jpeg_that_is_too_large_or_cut_is_not_told():
+    data = bytearray(encoded(Image.new("RGB", (640, 360)), "JPEG"))
+    with pytest.raises(UserError, match="unreadable image"):
+        image_size(bytes(data[:60]))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = b"\xff\xff\xff\xff"
+    with pytest.raises(UserError, match="at most 49 million"):
+        image_size(bytes(data))

@@ -109,7 +109,7 @@ def read_conversation(record: Mapping[str, Any]) -> tuple[list[Message], int]:
 
 def _messages(turns: Any) -> list[Message]:
     """Turns in our form; raises UserError for what is no turn, a speaker nobody knows, or a text that is none."""
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
+    if not isinstance(turns, (list, Sequence)) or isinstance(turns, str):  # a list is known more quickly
         raise UserError(f"the conversation is not a list of turns but {type(turns).__name__}")
     if not turns:
         raise UserError("the conversation is empty: it needs at least one human turn")
@@ -122,7 +122,7 @@ def _messages(turns: Any) -> list[Message]:
 
 
 def _message(number: int, turn: Any) -> Message:
-    if not isinstance(turn, Mapping):
+    if not isinstance(turn, (dict, Mapping)):
         raise UserError(f'turn {number} is not of the form {{"from": "human" | "gpt", "value": text}}')
     name, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     if not isinstance(text, str):

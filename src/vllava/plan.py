@@ -16,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, PreTrainedConfig, ViTMAEConfig
 
+from vllava.batch import MEDIA_KINDS, MediumSpec
 from vllava.config import composed
 from vllava.data.patience import Remote
 from vllava.data.shards import read_sources
@@ -24,6 +25,7 @@ from vllava.model.encoders import depth_of, vision_config
 from vllava.model.files import Checkpoint
 from vllava.model.languagebind import VisionTower
 from vllava.model.projector import projector
+from vllava.model.video_llava import context_of
 
 # Settings of public checkpoints, so that a plan downloads nothing.
 _VIT_L = {
@@ -58,6 +60,7 @@ class Encoder:
     width: int
     tokens: int  # of one medium, as the LLM sees them
     flops: float  # to encode one medium
+    spec: MediumSpec
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def plan_encoder(settings: dict[str, Any], kind: str) -> Encoder:
         each = 4 * width * (width + 1) + 2 * width * inner + inner + width + 4 * width  # attention, MLP, layer norms
         embeddings = 3 * mae.patch_size**2 * width + width + (patches + 1) * width + width
         flops = _transformer_flops(each * depth + embeddings, depth, width, patches + 1, causal=False)
-        return Encoder(each * depth + embeddings, width, patches, flops)
+        return Encoder(each * depth + embeddings, width, patches, flops, MediumSpec(mae.image_size, patches, 1, width))
     config: Any = PUBLISHED[path] if known else vision_config(Checkpoint(path))
     frames = (settings.get("frames") or config.num_frames) if kind == "video" else 1
     with torch.device("meta"):
@@ -117,7 +120,24 @@ def plan_encoder(settings: dict[str, Any], kind: str) -> Encoder:
     per_frame = _transformer_flops(size, tower.depth, config.hidden_size, patches + 1, causal=False)
     if getattr(config, "add_time_attn", False):
         per_frame += tower.depth * 4 * frames * config.hidden_size * (patches + 1)  # scores and sums over the frames
-    return Encoder(size, config.hidden_size, frames * (patches + 1) if kind == "video" else patches, frames * per_frame)
+    tokens = frames * (patches + 1) if kind == "video" else patches
+    spec = MediumSpec(config.image_size, tokens, frames, config.hidden_size)
+    return Encoder(size, config.hidden_size, tokens, frames * per_frame, spec)
+
+
+def plan_encoders(settings: dict[str, Any]) -> dict[str, Encoder]:
+    """The encoders of a resolved configuration, by medium."""
+    return {
+        kind: plan_encoder(settings["encoder"][kind], kind)
+        for kind in MEDIA_KINDS
+        if not settings["encoder"][kind]["_target_"].endswith("no_encoder")
+    }
+
+
+def context(settings: dict[str, Any]) -> int | None:
+    """The tokens that the LLM of a resolved configuration can look at, if there is a limit."""
+    llm = settings["model"]["llm"]
+    return context_of(config_at(llm["path"])) if "path" in llm else llm.get("max_position_embeddings")
 
 
 def _transformer_flops(parameters: float, layers: int, width: int, tokens: float, causal: bool) -> float:
@@ -128,11 +148,7 @@ def _transformer_flops(parameters: float, layers: int, width: int, tokens: float
 def make(settings: dict[str, Any], gpus: int) -> Plan:
     """The plan of a resolved configuration."""
     recipe = _recipe(settings)
-    encoders = {
-        kind: plan_encoder(settings["encoder"][kind], kind)
-        for kind in ("image", "video")
-        if not settings["encoder"][kind]["_target_"].endswith("no_encoder")
-    }
+    encoders = plan_encoders(settings)
     config: Any = config_at(settings["foundations"]["llm"])
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)

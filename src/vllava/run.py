@@ -16,6 +16,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.imports import RequirementCache
 from omegaconf import DictConfig, OmegaConf
 
@@ -114,8 +115,8 @@ def train(cfg: DictConfig) -> None:
         halved = halve_frozen(model, llm="Fsdp" not in str(cfg.trainer.strategy))  # FSDP2 wants one type in a layer
     preview = None
     if settings["preview"]:
-        shown = {kind: folders for kind, folders in settings["preview"].items() if kind != "remedy"}
-        preview = Preview(shown, task.specs, tokenizer, settings, settings["preview"]["remedy"])
+        asked = {kind: folders for kind, folders in settings["preview"].items() if kind != "remedy"}
+        preview = Preview(asked, task.specs, tokenizer, settings, settings["preview"]["remedy"])
     announce(cfg, task, data)
     history = History(run_dir)
     trainer = build_trainer(cfg, settings, [Throughput(), history, progress_bar()], task)
@@ -159,6 +160,7 @@ def unfinished(run_dir: Path, settings: Any) -> str | None:
     return str(path)
 
 
+@rank_zero_only
 def announce(cfg: DictConfig, task: Task, data: Any) -> None:
     """Say in a few lines what is about to be trained, on what."""
     trained = ", ".join(f"{name} {count:,}" for name, count in task.trained.items())

@@ -154,8 +154,9 @@ class ShardCache:
             with suppress(OSError), open(part, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 part.unlink()
+        parts = _files(self.folder, ".part")  # first: one that becomes a copy now is counted twice, not overlooked
         copies = sorted(_files(self.folder, ".copy"), key=lambda one: one[1].st_mtime_ns)
-        taken = sum(found.st_size for _, found in (*copies, *_files(self.folder, ".part")))
+        taken = sum(found.st_size for _, found in (*copies, *parts))
         for copy, found in copies:
             if taken + size <= self.most:
                 break

@@ -22,6 +22,7 @@ from vllava.data.record import MediumFile, parse
 from vllava.data.tar import members
 from vllava.errors import UserError, reason
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 SUFFIX = ".index"
 VERSION = 1
 INDEX_BYTES = 1 << 30  # of an index at most
@@ -156,7 +157,7 @@ def _line(entry: Entry) -> str:
     else:
         said |= {"characters": facts.characters, "turns": facts.turns, "text": facts.text}
         said["media"] = [{k: v for k, v in medium._asdict().items() if v is not None} for medium in facts.media]
-    return json.dumps(said, ensure_ascii=False, separators=(",", ":"))
+    return _JSON.encode(said)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,10 +82,13 @@ class Lengths:
     def of_shard(self, shard: int) -> np.ndarray:
         """The costs of all samples of a shard."""
         if shard not in self._costs:
-            text = self._text(self.shards[shard].source)
-            costs = [self._cost(facts, text) for facts in self._reader.facts(shard)]
-            self._costs[shard] = np.array(costs, np.int64).reshape(-1, 2)
+            self._costs[shard] = self.of_facts(self._reader.facts(shard), self.shards[shard].source)
         return self._costs[shard]
+
+    def of_facts(self, facts: Sequence[Facts], source: int) -> np.ndarray:
+        """The costs of samples of a source, of which so much is known."""
+        text = self._text(source)
+        return np.array([self._cost(one, text) for one in facts], np.int64).reshape(-1, 2)
 
     def _cost(self, facts: Facts, text: TextLength) -> tuple[int, int]:
         specs = [self.specs[medium.kind] for medium in facts.media if medium.kind in self.specs]

@@ -129,7 +129,7 @@ class ConversationPacker:
 
     def deal(self, shards: list[Shard]) -> Deal:
         """Shares a global batch out so that ranks, and the rows of a rank, have nearly the same to do."""
-        lengths = Lengths(shards, self.specs, self._text_tokens)
+        lengths = self.lengths(shards)
 
         def share_out(rows: np.ndarray, ranks: int) -> list[list[np.ndarray]]:
             costs = lengths.costs(rows)
@@ -138,6 +138,10 @@ class ConversationPacker:
             return [[rows[share[row]] for row in own] for share, own in zip(shares, dealt, strict=True)]
 
         return share_out
+
+    def lengths(self, shards: list[Shard]) -> Lengths:
+        """The costs of the samples of shards, known or estimated before they are read."""
+        return Lengths(shards, self.specs, self._text_tokens)
 
     def _text_tokens(self, conversation: list[Message]) -> int:
         encoded = encode(conversation, self.tokenizer, self.template)

@@ -232,12 +232,16 @@ class ShardReader:
 
     def facts(self, shard: int) -> list[Facts]:
         """What is known of a shard's samples before they are decoded: from its index, or else from their records."""
+        return [entry.facts or Facts() for entry in self.entries(shard)]
+
+    def entries(self, shard: int) -> list[Entry]:
+        """A shard's samples with what is known of them; their members' checksums only where the shard has an index."""
         file, entries = self._shard(shard)
         if any(entry.facts is None for entry in entries):
             with reading(self.shards[shard].path, "Make this shard again."):
                 entries = list(with_facts(entries, file, probe=False))
             self._open[shard] = file, entries
-        return [entry.facts or Facts() for entry in entries]
+        return entries
 
     def _shard(self, shard: int) -> tuple[Any, list[Entry]]:
         if shard in self._open:

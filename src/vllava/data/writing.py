@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import webdataset
-
 from vllava.data.index import (
     SAMPLE_BYTES,
     SAMPLE_MEMBERS,
+    Entry,
     Facts,
+    Place,
     facts_of,
     index_path,
     scan,
@@ -28,6 +28,7 @@ from vllava.data.index import (
 )
 from vllava.data.shards import MANIFEST
 from vllava.data.tar import CONTROL, NAME_LIMIT
+from vllava.data.tar_writer import TarWriter
 from vllava.errors import UserError, reading
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
@@ -40,21 +41,20 @@ def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> di
     Raises UserError, which names the key, for what would not be read again as it was given: a key that is empty, has a
     dot or comes twice, an extension that is none, a member that is not bytes.
     """
-    facts: dict[str, Facts] = {}
-    sums: dict[str, dict[str, int]] = {}
-    with _appearing(path) as unfinished, _appearing(index_path(path)) as index:
-        with webdataset.TarWriter(str(unfinished), encoder=False, mtime=0, user="vllava", group="vllava") as tar:
+    entries: dict[str, Entry] = {}
+    with appearing(path) as unfinished, appearing(index_path(path)) as index:
+        with open(unfinished, "wb") as file:
+            tar = TarWriter(file, "vllava")
             for key, members in samples:
-                content = _checked(key, members, facts)
-                tar.write({"__key__": key, **content})
-                facts[key] = facts_of(content)
-                sums[key] = {name: zlib.crc32(data) for name, data in content.items()}
-        size = unfinished.stat().st_size
-        with open(unfinished, "rb") as file:
-            entries = [entry.with_facts(facts[entry.key], sums[entry.key]) for entry in scan(file, size)[0]]
-        write_index(index, path.name, size, entries)
-        checksum = sha256_of(unfinished)
-    return _listed(path.name, facts.values(), size, checksum)
+                content = _checked(key, members, entries)
+                places = {
+                    name: Place(tar.add(f"{key}.{name}", content[name]), len(content[name]), zlib.crc32(content[name]))
+                    for name in sorted(content)
+                }
+                entries[key] = Entry(key, places, facts_of(content))
+            checksum = tar.close()
+        write_index(index, path.name, tar.length, list(entries.values()))
+    return _listed(path.name, [entry.facts for entry in entries.values() if entry.facts], tar.length, checksum)
 
 
 def _checked(key: Any, members: dict, seen: Container[str]) -> dict[str, bytes]:
@@ -91,12 +91,13 @@ def _checked(key: Any, members: dict, seen: Container[str]) -> dict[str, bytes]:
 
 def _is_name(name: str) -> bool:
     """Whether a file of this name in a tar file is read under the same name."""
-    halves = any("\ud800" <= letter <= "\udfff" for letter in name)  # of surrogate pairs, which cannot be encoded
+    # Halves of surrogate pairs cannot be encoded.
+    halves = not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name)
     return len(name) <= NAME_LIMIT and not CONTROL.search(name) and not halves
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
+def appearing(path: Path) -> Iterator[Path]:
     """Where to write what becomes `path` when it is whole; several processes and machines may do so at once."""
     unfinished = path.with_name(f"{path.name}.{uuid4().hex[:12]}.part")
     try:
@@ -124,7 +125,7 @@ def index_shard(shard: Path, folder: Path) -> tuple[dict, dict[str, int]]:
     with reading(shard, "Make this shard again."), open(shard, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         entries = list(with_facts(scan(file, size)[0], file, probe=True))
-    with _appearing(index_path(shard)) as unfinished:
+    with appearing(index_path(shard)) as unfinished:
         write_index(unfinished, shard.name, size, entries)
     facts = [entry.facts for entry in entries if entry.facts]
     reasons = Counter(fact.broken for fact in facts if fact.broken is not None)
@@ -155,5 +156,5 @@ def write_manifest(folder: Path, shards: list[dict], settings: dict) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file that appears whole or not at all."""
-    with _appearing(path) as unfinished:
+    with appearing(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1) + "\n")

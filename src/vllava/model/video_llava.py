@@ -48,23 +48,7 @@ class VideoLlava(nn.Module):
 
     def require_context(self, max_length: int) -> None:
         """Raises UserError unless samples of up to `max_length` tokens fit the LLM, and each medium fits a sample."""
-        context = getattr(self.llm.config.get_text_config(), "max_position_embeddings", None)
-        if context and max_length > context:
-            raise UserError(
-                f"data.max_length={max_length:,} is more than the LLM's context of {context:,} tokens. Lower it to "
-                f"{context:,}, or choose an LLM with a longer context."
-            )
-        for kind, spec in self.specs.items():
-            if spec.tokens < max_length:
-                continue
-            each = spec.tokens // spec.frames
-            most = (max_length - 1) // each
-            fewer = f"Take at most {most} frames (data.num_frames={most}), or raise" if most else "Raise"
-            raise UserError(
-                f"{spec.frames} frames x {each:,} tokens = {spec.tokens:,} visual tokens of one {kind} leave no room "
-                f"for text: a sample may have data.max_length={max_length:,} tokens, the LLM's context is "
-                f"{context or 'without limit'}. {fewer} data.max_length."
-            )
+        require_context(context_of(self.llm.config), self.specs, max_length)
 
     def train(self, mode: bool = True) -> VideoLlava:
         """Encoders stay in evaluation mode: they are never trained (paper, Table 7)."""
@@ -158,3 +142,28 @@ def _until(tokens: list[int], ends: set[int]) -> list[int]:
         if token in ends:
             return tokens[:index]
     return tokens
+
+
+def context_of(config: Any) -> int | None:
+    """The tokens that a language model of such settings can look at, if there is a limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_context(context: int | None, specs: dict[str, MediumSpec], max_length: int) -> None:
+    """Raises UserError unless samples of up to `max_length` tokens fit the LLM's context, and each medium a sample."""
+    if context and max_length > context:
+        raise UserError(
+            f"data.max_length={max_length:,} is more than the LLM's context of {context:,} tokens. Lower it to "
+            f"{context:,}, or choose an LLM with a longer context."
+        )
+    for kind, spec in specs.items():
+        if spec.tokens < max_length:
+            continue
+        each = spec.tokens // spec.frames
+        most = (max_length - 1) // each
+        fewer = f"Take at most {most} frames (data.num_frames={most}), or raise" if most else "Raise"
+        raise UserError(
+            f"{spec.frames} frames x {each:,} tokens = {spec.tokens:,} visual tokens of one {kind} leave no room "
+            f"for text: a sample may have data.max_length={max_length:,} tokens, the LLM's context is "
+            f"{context or 'without limit'}. {fewer} data.max_length."
+        )
