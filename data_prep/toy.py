@@ -35,6 +35,7 @@ from data_prep.toy_language import (
 )
 from data_prep.toy_render import encode_jpeg, encode_mp4, render
 from data_prep.toy_scene import MAX_THINGS, POPULAR_PAIRS, Scene, draw_clip, draw_picture
+from vllava.data.index import index_path
 from vllava.data.writing import sha256_of
 from vllava.errors import UserError
 from vllava.folders import RECORD, replacing, require_replaceable, strangers
@@ -182,7 +183,9 @@ def not_ours(folder: Path) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError):
             return names
         names = [name for name in names if not toy or name != MANIFEST]
-        names = [name for name in names if name not in written or sha256_of(folder / name) != written[name]]
+        as_written = {name for name in names if name in written and sha256_of(folder / name) == written[name]}
+        as_written |= {index_path(folder / name).name for name in as_written}
+        names = [name for name in names if name not in as_written]
     return [name for name in names if not _FEATURES.fullmatch(name)]
 
 
