@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jinja2
 
-from vllava.errors import UserError
+from vllava.errors import UserError, reading
 from vllava.inspection.batches import ShownBatch
 from vllava.inspection.findings import Finding
 from vllava.inspection.plots import COLOURS, token_histogram
@@ -73,7 +73,7 @@ def require_ours(path: Path) -> None:
     if not path.exists():
         return
     if path.is_file():
-        with open(path, "rb") as file:
+        with reading(path, "Choose another place with --out."), open(path, "rb") as file:
             if file.read(len(MARK)) == MARK.encode():
                 return
     raise UserError(f"{path} is there already and is no page of this command. Choose another place with --out.")
@@ -87,7 +87,6 @@ class _Shown:
         edges, counts = statistics.histogram()
         self.kinds = list(counts)
         self.plot = token_histogram(edges, counts, statistics.max_length)
-        self.name = Path(statistics.folder).name or statistics.folder
 
 
 def number(value: float) -> str:

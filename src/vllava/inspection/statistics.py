@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from vllava.batch import MediumSpec
 from vllava.data.address import shown
+from vllava.data.broken import printable
 from vllava.data.index import Entry
 from vllava.data.lengths import Lengths
 from vllava.data.mixture import Source
@@ -209,6 +210,8 @@ def _repeats(identities: np.ndarray, places: np.ndarray, reader: ShardReader) ->
     for group in np.argsort(-counts, kind="stable")[:EXAMPLES]:
         if counts[group] > 1:
             rows = places[order[first[group] : first[group] + min(counts[group], 3)]]
-            keys = [f"{reader.shards[shard].path}:{reader.key(shard, index)}" for shard, index in rows.tolist()]
+            keys = [
+                printable(f"{reader.shards[shard].path}:{reader.key(shard, index)}") for shard, index in rows.tolist()
+            ]
             found.examples.append((int(counts[group]), keys))
     return found
