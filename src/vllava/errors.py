@@ -31,6 +31,20 @@ def stop(error: UserError) -> NoReturn:
     sys.exit(f"error: {error.paragraph}")
 
 
+@contextmanager
+def stopping_at_mistakes(*wrappers: type[Exception]) -> Iterator[None]:
+    """End a command at a UserError, also at one that an exception of `wrappers` was raised from."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error if isinstance(error, (UserError, *wrappers)) else None
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        stop(cause)
+
+
 def require_known(where: str, keys: Iterable[object], known: Collection[str]) -> None:
     """Raises UserError for the first of `keys` that is not among the known ones, with the nearest of them."""
     for key in sorted(set(map(str, keys)) - set(known)):

@@ -20,7 +20,7 @@ from vllava.data.address import shown
 from vllava.data.datamodule import DataModule
 from vllava.data.mixture import Source
 from vllava.data.packing import ConversationPacker
-from vllava.errors import UserError, stop
+from vllava.errors import UserError, stopping_at_mistakes
 from vllava.inspection.batches import first_batches
 from vllava.inspection.findings import Finding, Run, findings, plain
 from vllava.inspection.page import require_ours, write_page
@@ -120,17 +120,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the page (default: outputs/inspect/EXPERIMENT-ABLATION.html)")
     parser.add_argument("--check", action="store_true", help="exit with status 1 where something would waste the run")
     options = parser.parse_intermixed_args(arguments)
-    try:
+    with stopping_at_mistakes(InstantiationException):  # in which Hydra wraps what a constructor raised
         cfg = composed(options.overrides)
         out = options.out or Path("outputs/inspect") / f"{cfg.experiment}-{cfg.ablation}.html"
         found = look(cfg, options.batches, out, options.samples)
-    except (UserError, InstantiationException) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__  # Hydra wraps what a constructor raised
-        if cause is None:
-            raise
-        stop(cause)
     print(plain(found))
     print(f"the page: {out}")
     return int(options.check and any(not finding.note for finding in found))
