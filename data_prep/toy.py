@@ -7,7 +7,6 @@ scene. Shards are bit-identical from run to run, whatever the number of processe
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import re
@@ -35,10 +34,8 @@ from data_prep.toy_language import (
 )
 from data_prep.toy_render import encode_jpeg, encode_mp4, render
 from data_prep.toy_scene import MAX_THINGS, POPULAR_PAIRS, Scene, draw_clip, draw_picture
-from vllava.data.index import index_path
-from vllava.data.writing import sha256_of
 from vllava.errors import UserError
-from vllava.folders import RECORD, replacing, require_replaceable, strangers
+from vllava.folders import replacing, require_replaceable, strangers
 
 SHARD_SAMPLES = 512
 STILL_TYPES = ("colour", "shape", "size", "position", "count", "relation", "exist")
@@ -66,9 +63,13 @@ SPLITS: dict[str, tuple[Source, ...]] = {
         Source("stage1/images", "image", "caption", 3000),
         Source("stage1/videos", "video", "caption", 3000),
     ),
-    "stage2-demo": (  # a part of stage2's samples: what a demo learns from in minutes
+    "stage1-demo": (  # a part of stage1's samples, and below of stage2's: what a demo learns from in minutes
+        Source("stage1/images", "image", "caption", 2000),
+        Source("stage1/videos", "video", "caption", 2000),
+    ),
+    "stage2-demo": (
         Source("stage2/images", "image", "questions", 2_500),
-        Source("stage2/videos", "video", "questions", 11_500, time_first=True),
+        Source("stage2/videos", "video", "questions", 10_500, time_first=True),
         Source("stage2/text", "text", "questions", 250),
     ),
     "stage2": (
@@ -174,19 +175,7 @@ def _write(job: tuple[Path, Source, int, int, int]) -> dict:
 
 def not_ours(folder: Path) -> list[str]:
     """What in a source's folder is neither as this program wrote it nor encoder outputs that a run keeps there."""
-    names = strangers(folder)
-    if not (folder / RECORD).is_file():  # written by a version that kept none: its manifest lists the shards
-        try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())
-            written = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
-            toy = manifest["settings"]["world"] == "toy"
-        except (OSError, ValueError, KeyError, TypeError):
-            return names
-        names = [name for name in names if not toy or name != MANIFEST]
-        as_written = {name for name in names if name in written and sha256_of(folder / name) == written[name]}
-        as_written |= {index_path(folder / name).name for name in as_written}
-        names = [name for name in names if name not in as_written]
-    return [name for name in names if not _FEATURES.fullmatch(name)]
+    return [name for name in strangers(folder) if not _FEATURES.fullmatch(name)]
 
 
 def remove(split: str, out: Path) -> None:

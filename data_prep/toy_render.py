@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import av
 import numpy as np
@@ -24,9 +25,17 @@ _Y, _X = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5
 _TRIANGLE = [np.array([np.cos(a), np.sin(a)]) for a in np.deg2rad([-30.0, 90.0, 210.0])]  # outward edge normals
 
 
-def _coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
-    """How much of each pixel a shape covers, 0..1 [H, W], from its signed distance (one pixel of anti-aliasing)."""
-    dx, dy = _X - x, _Y - y
+def _around(centre: float, radius: float) -> slice:
+    """The rows or columns of pixels that a shape may reach."""
+    reach = 1.5 * radius + 1  # a triangle's corners, and the pixel of anti-aliasing
+    return slice(max(0, math.floor(centre - reach)), max(0, math.ceil(centre + reach)))
+
+
+def _coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
+    """How much of each pixel a shape covers, 0..1, from its signed distance (one pixel of anti-aliasing).
+
+    dx, dy: of the pixels from the shape's centre [rows, columns].
+    """
     if shape == "circle":
         distance = np.hypot(dx, dy) - radius
     elif shape == "ring":
@@ -77,8 +86,10 @@ def render(scene: Scene) -> np.ndarray:
         for index, thing in enumerate(scene.things):
             state = scene.state(index, frame)
             if state.visible:
-                alpha = _coverage(thing.shape, state.x, state.y, RADIUS[thing.size])[..., None]
-                canvas += alpha * (np.array(RGB[state.colour]) - canvas)
+                radius = RADIUS[thing.size]
+                here = _around(state.y, radius), _around(state.x, radius)
+                alpha = _coverage(thing.shape, _X[here] - state.x, _Y[here] - state.y, radius)[..., None]
+                canvas[here] += alpha * (np.array(RGB[state.colour]) - canvas[here])
         frames.append(canvas.clip(0, 255).astype(np.uint8))
     return np.stack(frames)
 

@@ -193,9 +193,6 @@ def test_the_toy_world_replaces_and_removes_its_own_shards_and_nothing_else(tmp_
     make()
     assert contents(folder) == first
 
-    (folder / RECORD).unlink()  # as earlier versions left it
-    make()
-    (folder / RECORD).unlink()
     manifest = json.loads((folder / "manifest.json").read_text())
     shard = folder / manifest["shards"][0]["name"]
     written = shard.read_bytes()

@@ -9,7 +9,6 @@ import sys
 
 import pytest
 import yaml
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from shard_fixtures import ROOT, image_sample, text_sample, video_sample, write_source
 
@@ -23,13 +22,6 @@ from vllava.sources import REMEDY
 
 STAGES = ["stage1", "stage2", "stage2_lora"]
 IMAGE = "data.sources.image=[data/mine]"
-
-
-@pytest.fixture(autouse=True)
-def hydra_left_as_found():
-    before = HydraConfig.instance().cfg
-    yield
-    HydraConfig.instance().cfg = before
 
 
 def settled(*overrides):
@@ -290,7 +282,8 @@ def test_a_chain_runs_on_own_data_where_there_is_no_toy_world(tmp_path):
     write_source(tmp_path / "mine", [image_sample("a"), video_sample("b"), image_sample("c")], per_shard=2)
     run = tmp_path / "run"
     given = [f"data.sources.image=[{tmp_path}/mine]", f"run_dir={run}", f"world={tmp_path}/none", "logger=none"]
-    command = [sys.executable, "train.py", "+experiment=full", *given, "data.workers=0"]
+    one = ["trainer=single", "data.workers=0"]
+    command = [sys.executable, "train.py", "+experiment=full", *given, *one]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "nothing was evaluated" in done.stdout and "data.held_out.image=" in done.stdout

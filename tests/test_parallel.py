@@ -65,7 +65,7 @@ def interrupt(command, folder, steps):
 
 @pytest.mark.parametrize(("stage", "trainers"), [("stage1", ["fsdp"]), ("stage2", ["ddp", "fsdp"])])
 def test_two_processes_have_the_losses_and_end_with_the_weights_of_one(train, stage, trainers):
-    alone, one = train(stage, "one")
+    alone, one = train(stage, "one", "trainer=single")
     assert len(alone) == STEPS and alone[-1]["loss"] < alone[0]["loss"]
     for trainer in trainers:
         together, two = train(stage, trainer, f"trainer={trainer}", "trainer.devices=2")

@@ -27,7 +27,7 @@ def sweep(world, tmp_path_factory):
 
     def run(*arguments):
         runs = tmp_path_factory.mktemp("runs")
-        settings = [f"world={world}", f"runs={runs}", "logger=none"]
+        settings = [f"world={world}", f"runs={runs}", "logger=none", "trainer=single"]
         done = subprocess.run(
             [sys.executable, "train.py", "-m", *arguments, *settings], cwd=ROOT, capture_output=True, text=True
         )
@@ -75,7 +75,8 @@ def test_a_sweep_stops_at_a_run_that_lacks_its_projector(sweep):
 
 
 def test_an_interrupted_chain_goes_on_with_the_part_it_was_in(world, tmp_path):
-    command = [sys.executable, "train.py", "+experiment=full", f"world={world}", f"run_dir={tmp_path}", "logger=none"]
+    settings = [f"world={world}", f"run_dir={tmp_path}", "logger=none", "trainer=single"]
+    command = [sys.executable, "train.py", "+experiment=full", *settings]
     second = tmp_path / "stage2-united-s1"
     running = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

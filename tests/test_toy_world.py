@@ -600,7 +600,7 @@ def contents(files):
 
 def test_no_two_sources_share_a_scene(tmp_path):
     seen = {}
-    for split in (split for split in toy.SPLITS if split != "stage2-demo"):  # which is a part of another
+    for split in (split for split in toy.SPLITS if not split.endswith("-demo")):  # those are parts of others
         scale = {"foundations": 0.001, "foundations-test": 0.05}.get(split, 0.02)
         for name, data in contents(made(tmp_path / split, split, scale)).items():
             if name.endswith(".json"):
@@ -610,9 +610,10 @@ def test_no_two_sources_share_a_scene(tmp_path):
     assert len(seen) > 300
 
 
-def test_the_demos_part_of_stage_2_is_the_beginning_of_it(tmp_path):
-    part, whole = (contents(made(tmp_path / split, split, 0.01)) for split in ("stage2-demo", "stage2"))
-    assert 100 < len(part) < len(whole) and all(whole[name] == data for name, data in part.items())
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_demos_part_of_a_stage_is_the_beginning_of_it(stage, tmp_path):
+    part, whole = (contents(made(tmp_path / split, split, 0.01)) for split in (f"{stage}-demo", stage))
+    assert 30 < len(part) < len(whole) and all(whole[name] == data for name, data in part.items())
 
 
 def test_no_two_shards_of_a_source_share_a_sample(monkeypatch):
