@@ -29,7 +29,7 @@ def index_folder(folder: Path, processes: int = 1, again: bool = False) -> dict[
     Returns how many samples of each modality the newly indexed shards hold, and the reasons why some are none. Raises
     UserError for a folder without shards, or a shard that is no tar file.
     """
-    shards = sorted(path for path in folder.rglob("*.tar") if path.is_file())
+    shards = _shards(folder)
     if not shards:
         raise UserError(f"{folder} holds no shards (files NAME.tar).")
     manifest = folder / MANIFEST
@@ -45,6 +45,13 @@ def index_folder(folder: Path, processes: int = 1, again: bool = False) -> dict[
     if not manifest.is_file():
         write_manifest(folder, entries, {"indexed": "python -m data_prep.index"})
     return dict(found)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The shards of a folder and those below it, but for folders with a manifest of their own, as features have."""
+    apart = [path.parent for path in folder.rglob(MANIFEST) if path.parent != folder]
+    shards = (path for path in folder.rglob("*.tar") if path.is_file())
+    return sorted(path for path in shards if not any(path.is_relative_to(other) for other in apart))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -49,7 +49,7 @@ def field(row: Mapping[str, Any], names: Sequence[str]) -> Any:
     under = ""
     for name in names:
         value = _patterned(row, name) if "{" in name else row.get(name)
-        if not filled(value):
+        if value is None or not filled(value):
             continue
         if found is not None and _list(found) != _list(value):
             raise UserError(f"the row holds two different things under {under!r} and {name!r}: one of them is meant")

@@ -27,8 +27,8 @@ from vllava.data.picture import decode_image
 from vllava.data.record import Parsed, parse
 from vllava.data.shards import MANIFEST
 from vllava.data.video import video_decoder
-from vllava.data.writing import sha256_of
 from vllava.errors import UserError, reading, reason
+from vllava.folders import sha256_of
 
 SHOWN = 20  # problems of a folder that are printed
 

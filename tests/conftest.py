@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a path that is not there must fa
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from transformers import CLIPConfig, CLIPModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from vllava.conversation import TEMPLATES
@@ -41,6 +42,14 @@ TEXT = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+
+
+@pytest.fixture(autouse=True)
+def hydra_left_as_found():
+    """Hydra keeps the last composed configuration in a singleton."""
+    before = HydraConfig.instance().cfg
+    yield
+    HydraConfig.instance().cfg = before
 
 
 def randomise(module, seed=0):

@@ -25,13 +25,6 @@ ABLATIONS = sorted(path.stem for path in (CONF / "ablation").glob("*.yaml"))
 PAPER = ["stage1", "stage2", "evaluate", "full"]  # what an ablation is made for
 
 
-@pytest.fixture(autouse=True)
-def hydra_left_as_found():
-    before = HydraConfig.instance().cfg
-    yield
-    HydraConfig.instance().cfg = before
-
-
 def composed(*overrides, conf=CONF):
     """The configuration of a command line, as train.py sees it."""
     register_resolvers()

@@ -36,15 +36,6 @@ from vllava.model.tokenizer import load_tokenizer
 from vllava.templates import TEMPLATES
 
 
-@pytest.fixture(autouse=True)
-def hydra_left_as_found():
-    from hydra.core.hydra_config import HydraConfig
-
-    before = HydraConfig.instance().cfg
-    yield
-    HydraConfig.instance().cfg = before
-
-
 def image(number, question="What is it?", answer="a red circle"):
     return f"i{number:03d}", {"conversations": talk(question, answer)}, [("jpg", jpeg(number))]
 
@@ -257,6 +248,13 @@ def test_what_is_within_the_limit_is_but_noted(source, tokenizer):
     assert all(note.note for note in notes) and len(notes) == 2
     assert "1 of 25 samples" in notes[0].text and "1 rows (3.8%) were rejected" in notes[1].text
     assert plain(notes).startswith("nothing found") and plain(notes).count("note: ") == 2
+
+
+def test_a_few_samples_without_an_encoder_are_but_noted_as_training_leaves_them_out(source, tokenizer):
+    samples = [*map(image, range(8)), *map(text, range(16)), video(0)]
+    data = data_of({"image": source(samples)}, tokenizer, specs={"image": SPECS["image"]})
+    [note] = findings(run_of(data, max_broken_share=0.1))
+    assert note.note and re.search("1 of 25 samples .* no encoder, and are left out: choose one", note.text)
 
 
 def test_kinds_that_are_too_many_only_together_are_found(source, tokenizer):

@@ -15,15 +15,6 @@ from vllava.model.encoders import ClipEncoder, MaeEncoder
 SEVEN_B = "model=video_llava_7b"
 
 
-@pytest.fixture(autouse=True)
-def hydra_left_as_found():
-    from hydra.core.hydra_config import HydraConfig
-
-    before = HydraConfig.instance().cfg
-    yield
-    HydraConfig.instance().cfg = before
-
-
 def planned(*overrides, gpus=8):
     return plan.make(plan.configured(list(overrides)), gpus)
 

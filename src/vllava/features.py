@@ -25,8 +25,9 @@ from vllava.data.datamodule import DataModule
 from vllava.data.record import FEATURES
 from vllava.data.samples import BROKEN, Sample, SampleDecoder
 from vllava.data.shards import MANIFEST, Shard, ShardReader, read_manifest, read_sources
-from vllava.data.writing import sha256_of, write_json, write_manifest, write_tar
+from vllava.data.writing import write_json, write_manifest, write_tar
 from vllava.errors import UserError
+from vllava.folders import sha256_of
 from vllava.model.device import best_device
 from vllava.model.video_llava import VideoLlava
 

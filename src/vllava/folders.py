@@ -52,8 +52,8 @@ def entries(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def sha256_of_files(paths: Iterable[Path]) -> str:
-    """The hash of files, one after the other."""
+def sha256_of(*paths: Path) -> str:
+    """The SHA-256 of files, one after the other, read a piece at a time."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -66,12 +66,12 @@ def _as_written(path: Path, written: object) -> bool:
     """Whether a path is the very file that the record speaks of."""
     if not isinstance(written, dict) or path.is_symlink() or not path.is_file():
         return False
-    return path.stat().st_size == written.get("bytes") and sha256_of_files([path]) == written.get("sha256")
+    return path.stat().st_size == written.get("bytes") and sha256_of(path) == written.get("sha256")
 
 
 def _write_record(folder: Path) -> None:
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of_files([folder / name])}
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
         for name in entries(folder)
         if (folder / name).is_file() and name != RECORD
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zlib
@@ -30,6 +29,7 @@ from vllava.data.shards import MANIFEST
 from vllava.data.tar import CONTROL, NAME_LIMIT
 from vllava.data.tar_writer import TarWriter
 from vllava.errors import UserError, reading
+from vllava.folders import sha256_of
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 
@@ -105,15 +105,6 @@ def appearing(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file, read a piece at a time."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def index_shard(shard: Path, folder: Path) -> tuple[dict, dict[str, int]]:

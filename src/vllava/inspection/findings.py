@@ -68,13 +68,16 @@ def _misfit(run: Run) -> Iterator[Finding]:
 
 
 def _unfit(run: Run) -> Iterator[Finding]:
+    rule = _exceeded(run, [source.unfit.total() for source in run.survey.sources])
     for source in run.survey.sources:
         for kind, count in source.unfit.items():
+            left_out = "are left out" if rule is None else f"cannot be trained on, and {rule}"
             yield Finding(
-                f"{_of(count, source)} hold a medium of kind {kind}, for which the model has no encoder: choose one "
-                f"(encoder/{kind}=languagebind), or leave the folder out (data.modalities, or "
+                f"{_of(count, source)} hold a medium of kind {kind}, for which the model has no encoder, and {left_out}"
+                f": choose one (encoder/{kind}=languagebind), or leave the folder out (data.modalities, or "
                 f"data.sources.{source.modality}).",
                 waste=count * source.times / max(run.survey.drawn, 1),
+                note=rule is None,
             )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vllava.errors import UserError, reading, reason
-from vllava.folders import replacing, sha256_of_files
+from vllava.folders import replacing, sha256_of
 from vllava.model.headers import load_pickled, only_tensors, read_json, read_layout
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Checkpoint:
     def sha256(self) -> str:
         """Hash of the weights, all of them read: about 1.5 GB/s."""
         with reading(f"The checkpoint {self.folder}"):
-            return sha256_of_files(self.weights)
+            return sha256_of(*self.weights)
 
     @cached_property
     def layout(self) -> dict[str, Tensor]:
