@@ -9,7 +9,7 @@ import errno
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,15 +20,15 @@ from data_prep.media import Loaded, MediaSettings, load, measure
 from data_prep.rows import Draft, MediaRef, draft
 from data_prep.shards import members
 from vllava.data.broken import printable, why
-from vllava.data.index import SAMPLE_BYTES, SAMPLE_MEMBERS, index_path
-from vllava.data.record import parse
+from vllava.data.index import SAMPLE_BYTES, SAMPLE_MEMBERS, Facts, facts_of, facts_of_parsed, index_path
+from vllava.data.record import MediumFile
 from vllava.data.tar import BLOCK
 from vllava.data.tar_writer import RECORD
 from vllava.data.writing import write_json, write_tar
 from vllava.errors import UserError, reason
 
 STATE = ".unfinished"  # in the folder: what is known of the blocks that are done
-BLOCK_BYTES = 1 << 27  # of media that rows themselves hold: a block ends with the row that reaches it
+BLOCK_BYTES = 1 << 27  # that rows themselves hold, media among it: a block ends with the row that reaches it
 TRAIN, HELD_OUT = "train", "held-out"
 
 
@@ -95,15 +95,18 @@ def blocks(dataset: Dataset, rows_per_shard: int, held_out: float) -> Iterator[B
         yield Block(part, numbers[part], waiting[part])
 
 
-def _weight(value: Any) -> int:
-    """The bytes of media that a row holds."""
-    if isinstance(value, (bytes, bytearray)):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(_weight(item) for item in value.values() if not isinstance(item, (str, int)))
-    if isinstance(value, list):
-        return sum(_weight(item) for item in value if not isinstance(item, (str, int)))
-    return 0
+def _weight(row: Any) -> int:
+    """The bytes, about, of what a row holds: texts, which may be media in base64, and media."""
+    total, values = 0, [row]
+    while values:  # every row passes here: no recursion
+        value = values.pop()
+        if isinstance(value, (str, bytes, bytearray)):
+            total += len(value)
+        elif isinstance(value, dict):
+            values.extend(value.values())
+        elif isinstance(value, list):
+            values.extend(value)
+    return total
 
 
 def _part(number: int, row: dict | str, dataset: Dataset, held_out: float) -> str:
@@ -136,17 +139,11 @@ def make_block(folder: Path, dataset: Dataset, settings: MediaSettings, block: B
 
 
 def _write(path: Path, block: Block, dataset: Dataset, settings: MediaSettings) -> Outcome:
-    def shard(check: Callable[[dict[str, bytes]], object] | None) -> Outcome:
-        outcome = Outcome(len(block.rows))
-        samples = _samples(block, dataset, settings, outcome, check)
-        for first in samples:  # without one there is no shard
-            outcome.shard = write_tar(path, chain([first], samples))
-            outcome.modalities, outcome.bytes = Counter(outcome.shard["modalities"]), outcome.shard["bytes"]
-        return outcome
-
-    outcome = shard(None)
-    if outcome.modalities["unreadable"]:  # rare, as drafts are checked: only then is each sample tried first
-        outcome = shard(parse)
+    outcome = Outcome(len(block.rows))
+    samples = _samples(block, dataset, settings, outcome)
+    for first in samples:  # without one there is no shard
+        outcome.shard = write_tar(path, chain([first], samples))
+        outcome.modalities, outcome.bytes = Counter(outcome.shard["modalities"]), outcome.shard["bytes"]
     if outcome.shard is None:
         for left in (path, index_path(path)):
             left.unlink(missing_ok=True)
@@ -154,13 +151,9 @@ def _write(path: Path, block: Block, dataset: Dataset, settings: MediaSettings) 
 
 
 def _samples(
-    block: Block,
-    dataset: Dataset,
-    settings: MediaSettings,
-    outcome: Outcome,
-    check: Callable[[dict[str, bytes]], object] | None,
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Keys and files of the block's samples; its rejects and ids are put down in the outcome on the way."""
+    block: Block, dataset: Dataset, settings: MediaSettings, outcome: Outcome
+) -> Iterator[tuple[str, dict[str, bytes], Facts]]:
+    """Keys, files and facts of the block's samples; its rejects and ids are put down in the outcome on the way."""
     for number, where, row in block.rows:
         key = f"{number:09d}"
         with _rejecting(outcome, number, where, row) as medium:
@@ -168,12 +161,25 @@ def _samples(
             media = [load(medium.now(ref), settings) for ref in drafted.media]
             medium.now(None)
             files = _files(key, drafted.record, media)
-            if check is not None:
-                check(files)
+            facts = _facts(drafted, media, files)
             if "id" in drafted.record:
                 outcome.ids.append(json.dumps(drafted.record["id"], default=str))
         if not medium.failed:
-            yield key, files
+            yield key, files, facts
+
+
+def _facts(drafted: Draft, media: list[Loaded], files: dict[str, bytes]) -> Facts:
+    """The facts of a sample; raises UserError if a reader would not find one in its files."""
+    if drafted.certain:
+        opened = [
+            MediumFile(one.data, prepared=True) if isinstance(one.data, list) else MediumFile([one.data])
+            for one in media
+        ]
+        return facts_of_parsed(drafted.record["conversations"], [ref.kind for ref in drafted.media], opened)
+    facts = facts_of(files)
+    if facts.broken is not None:
+        raise UserError(facts.broken)
+    return facts
 
 
 def look_at_block(dataset: Dataset, settings: MediaSettings, block: Block) -> Outcome:

@@ -23,17 +23,20 @@ class Draft:
 
     record: {"id" where the row has one, "source", "conversations", "question" where given}, ready for KEY.json;
     conversations are in LLaVA's form (from/value) with a placeholder for each medium.
-    media: in placeholder order.
+    media: in placeholder order. certain: whether a reader cannot take the placeholders otherwise, as it might where the
+    text shows more of them than there are media.
     """
 
     record: dict[str, Any]
     media: list[MediaRef]
+    certain: bool
 
 
 def draft(row: Any, dataset: Dataset) -> Draft:
     """The record and media of a row; raises UserError with the reason for a row that is none. Opens no file.
 
-    What is accepted is read again as it is here: by `vllava.data.record.parse`, with the same turns and media.
+    What is accepted is read again as it is here: by `vllava.data.record.parse`, with the same turns and media. Where
+    that is not `certain` it has to be tried.
     """
     if not isinstance(row, dict):
         raise UserError(f"the row is not an object but {type(row).__name__}")
@@ -48,7 +51,8 @@ def draft(row: Any, dataset: Dataset) -> Draft:
     record |= {"source": dataset.source or dataset.name, "conversations": conversation}
     if isinstance(row.get("question"), dict):
         record["question"] = row["question"]
-    return Draft(record, [next(left[kind]) for kind in kinds])
+    certain = "question" not in record and len(placeholders(conversation)) == len(kinds)
+    return Draft(record, [next(left[kind]) for kind in kinds], certain)
 
 
 def _id(row: Mapping[str, Any], dataset: Dataset) -> str | int | None:

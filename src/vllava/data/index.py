@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from vllava.batch import MEDIA_KINDS
+from vllava.conversation import Message
 from vllava.data.address import RemotePath
 from vllava.data.frames import measure
 from vllava.data.picture import image_size
@@ -104,11 +105,14 @@ def facts_of(files: dict[str, bytes], probe: bool = True) -> Facts:
         parsed = parse(files)
     except UserError as error:
         return Facts(broken=error.paragraph)
-    media = tuple(
-        _medium(kind, file) if probe else MediumFacts(kind)
-        for kind, file in zip(parsed.kinds, parsed.files, strict=True)
-    )
-    conversation = parsed.conversation
+    return facts_of_parsed(parsed.conversation, parsed.kinds, parsed.files, probe)
+
+
+def facts_of_parsed(
+    conversation: Sequence[Message], kinds: Sequence[str], files: Sequence[MediumFile], probe: bool = True
+) -> Facts:
+    """The facts of a sample whose members are known to say this."""
+    media = tuple(_medium(kind, file) if probe else MediumFacts(kind) for kind, file in zip(kinds, files, strict=True))
     characters = sum(len(message["value"]) for message in conversation)
     spoken = "\0".join(f"{message['from']}\0{message['value']}" for message in conversation)
     return Facts(media, characters, len(conversation), zlib.crc32(spoken.encode()))

@@ -62,14 +62,15 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
     That is, if it might be turned (by EXIF or XMP, in an APP1), is of no usual kind, or is not whole up to its scan.
     """
-    at, size = 2, None
-    if not data.startswith(b"\xff\xd8\xff") or data.count(_SCAN) > MAX_SCANS:
+    at, size, progressive = 2, None, False
+    if not data.startswith(b"\xff\xd8\xff"):
         return None
     while at + 9 < len(data) and data[at] == 0xFF:
         kind, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
         if kind == 0xDA:
-            if size is not None:
-                check_size(*size)
+            if size is None or (progressive and data.count(_SCAN) > MAX_SCANS):
+                return None
+            check_size(*size)
             return size
         if kind == 0xE1 or not 0xC0 <= kind <= 0xFE or 0xD0 <= kind <= 0xD9:
             return None
@@ -77,7 +78,7 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
             height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
             if data[at + 4] != 8 or data[at + 9] not in (1, 3, 4) or not (height and width) or size is not None:
                 return None
-            size = width, height
+            size, progressive = (width, height), kind == 0xC2
         at += 2 + length
     return None
 

@@ -14,6 +14,7 @@ from vllava.data.tar import BLOCK
 
 RECORD = 20 * BLOCK  # what a tar file's length is a multiple of
 _SIZE = 8**11  # bytes, from which on a file's size needs another form
+_SMALL = 1 << 16  # bytes, up to which copying a file costs less than writing it in parts
 _ZEROS = bytes(BLOCK)
 
 
@@ -34,11 +35,13 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> int:
         """Append a file; returns where its content begins."""
-        self._write(self._header(name, len(data)))
-        start = self.length
-        self._write(data)
-        if rest := -len(data) % BLOCK:
-            self._write(_ZEROS[:rest])
+        header, rest = self._header(name, len(data)), _ZEROS[: -len(data) % BLOCK]
+        start = self.length + len(header)
+        if len(data) < _SMALL:
+            self._write(b"".join((header, data, rest)))
+        else:
+            for part in (header, data, rest):
+                self._write(part)
         return start
 
     def close(self) -> str:

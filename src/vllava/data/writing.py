@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -31,11 +32,16 @@ from vllava.data.tar_writer import TarWriter
 from vllava.errors import UserError, reading
 from vllava.folders import sha256_of
 
+_SampleWithFacts = tuple[str, dict[str, bytes], Facts]
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 
 
-def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> dict:
+def write_tar(
+    path: Path, samples: Iterable[tuple[str, dict[str, bytes]] | tuple[str, dict[str, bytes], Facts]]
+) -> dict:
     """Write one shard from (key, members by extension), its index beside it, and return its manifest entry.
+
+    Where a sample comes with its facts, they are taken for what `facts_of` finds in its members.
 
     Members carry no time and no owner, so equal samples give equal bytes. The file appears whole or not at all.
     Raises UserError, which names the key, for what would not be read again as it was given: a key that is empty, has a
@@ -45,13 +51,13 @@ def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> di
     with appearing(path) as unfinished, appearing(index_path(path)) as index:
         with open(unfinished, "wb") as file:
             tar = TarWriter(file, "vllava")
-            for key, members in samples:
+            for key, members, *facts in samples:
                 content = _checked(key, members, entries)
                 places = {
                     name: Place(tar.add(f"{key}.{name}", content[name]), len(content[name]), zlib.crc32(content[name]))
                     for name in sorted(content)
                 }
-                entries[key] = Entry(key, places, facts_of(content))
+                entries[key] = Entry(key, places, facts[0] if facts else facts_of(content))
             checksum = tar.close()
         write_index(index, path.name, tar.length, list(entries.values()))
     return _listed(path.name, [entry.facts for entry in entries.values() if entry.facts], tar.length, checksum)
@@ -70,9 +76,8 @@ def _checked(key: Any, members: dict, seen: Container[str]) -> dict[str, bytes]:
     if not members:
         raise UserError(f"The sample {key!r} has no files: it would be lost.")
     for extension, data in members.items():
-        # webdataset leaves out what begins with an underscore.
-        whole = isinstance(extension, str) and extension and split_name(f"{key}.{extension}") == (key, extension)
-        if not whole or extension.startswith("_") or not _is_name(f"{key}.{extension}"):
+        whole = isinstance(extension, str) and len(key) + 1 + len(extension) <= NAME_LIMIT
+        if not whole or not _is_extension(extension):
             raise UserError(
                 f"The sample {key!r} cannot have a file of the extension {extension!r}: an extension is text without "
                 "slashes or control characters, and begins with a letter or digit."
@@ -87,6 +92,13 @@ def _checked(key: Any, members: dict, seen: Container[str]) -> dict[str, bytes]:
             f"of {SAMPLE_BYTES} bytes. Cut it in parts, or make its media smaller."
         )
     return content
+
+
+@lru_cache(maxsize=4096)
+def _is_extension(extension: str) -> bool:
+    """Whether a file KEY.extension is read as this extension of KEY."""
+    whole = extension and split_name(f"key.{extension}") == ("key", extension)
+    return bool(whole) and not extension.startswith("_") and _is_name(extension)  # webdataset leaves out _names
 
 
 def _is_name(name: str) -> bool:
