@@ -17,7 +17,8 @@ from shard_fixtures import ROOT
 
 from vllava.config import check, register_resolvers, run_name
 from vllava.errors import UserError
-from vllava.run import MARK, claim
+from vllava.lineage import AUTO
+from vllava.runs import MARK, claim
 
 CONF = ROOT / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -89,18 +90,21 @@ def test_stages_train_what_the_paper_trains():
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_stage_2_starts_from_the_projector_of_its_own_ablation_and_seed(ablation):
-    first = composed("+experiment=stage1", f"+ablation={ablation}", "seed=7")
-    second = composed("+experiment=stage2", f"+ablation={ablation}", "seed=7")
-    assert second.projector == f"{first.run_dir}/checkpoint/projector.safetensors"
-    evaluation = composed("+experiment=evaluate", f"+ablation={ablation}", "seed=7").evaluation
-    assert evaluation.checkpoint == f"{second.run_dir}/checkpoint"
+def test_later_parts_look_for_the_earlier_ones_and_each_seed_has_a_folder(ablation):
+    given = f"+ablation={ablation}", "seed=7"
+    assert composed("+experiment=stage2", *given).projector == AUTO
+    assert composed("+experiment=evaluate", *given).evaluation.checkpoint == AUTO
+    names = {composed("+experiment=stage1", *given).run_dir, composed("+experiment=stage1", given[0]).run_dir}
+    assert names == {f"outputs/runs/stage1-{ablation}-s{seed}" for seed in (1, 7)}
 
 
 def test_a_run_that_changes_a_value_has_a_folder_of_its_own():
     assert run_name("stage1", "united", 1) == "stage1-united-s1"
-    assert run_name("stage1", "united", 1, "data.template=plain") != run_name("stage1", "united", 1)
-    assert "/" not in run_name("stage1", "united", 1, "encoder/image=clip,world=/data/toy")
+    assert re.fullmatch("stage1-united-s1-[0-9a-f]{6}", run_name("stage1", "united", 1, "data.template=plain"))
+    assert run_name("stage1", "united", 1, "encoder/image=clip") != run_name("stage1", "united", 1, "encoder/image=mae")
+    same = "data.workers=0", "logger=none", "trainer=fsdp", "trainer.devices=2", "data.token_budget=99", "world=/data"
+    assert run_name("stage1", "united", 1, *same) == "stage1-united-s1"
+    assert run_name("stage2", "united", 3, "model=video_llava_7b", "seed=3") == "stage2-united-video_llava_7b-s3"
 
 
 # --- mistakes in a configuration file ---------------------------------------------------------------------------------

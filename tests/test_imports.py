@@ -16,14 +16,14 @@ MAY_IMPORT = {
     "batch": {"errors"},
     "templates": {"errors"},
     "conversation": {"batch", "errors", "templates"},
-    "data": {"batch", "errors", "conversation", "pixels"},
+    "data": {"batch", "errors", "folders", "conversation", "pixels"},
     "model": {"batch", "errors", "folders", "conversation", "pixels"},
     "training": {"batch", "errors", "model", "pixels"},
     "inspection": {"batch", "errors", "conversation", "data", "training"},
     "evaluation": {"batch", "errors", "folders", "conversation", "data", "model"},
 }
 HYDRA = {"hydra", "omegaconf"}
-MAY_USE_HYDRA = {"chain.py", "config.py", "inspect_data.py", "plan.py", "run.py", "settle.py"}
+MAY_USE_HYDRA = {"chain.py", "config.py", "inspect_data.py", "lineage.py", "plan.py", "run.py", "settle.py"}
 
 
 def imported_modules(code, package="vllava"):

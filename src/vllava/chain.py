@@ -19,10 +19,10 @@ from vllava.data.patience import Remote
 from vllava.data.shards import read_sources
 from vllava.data.writing import write_json
 from vllava.errors import UserError
+from vllava.identity import Identity, tells_apart
+from vllava.runs import METRICS, read_run
 from vllava.settle import EVALUATE, NAME_HELD_OUT
 from vllava.sources import REMEDY
-
-CHAIN = "unfinished.json"  # in a chain's folder while it is: what is done
 
 
 def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> float:
@@ -31,10 +31,10 @@ def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> float:
     A process each keeps memory apart, and lets a run of a sweep start a process for each device: Lightning starts
     those by repeating the command line, which would be the whole sweep's.
     """
-    ours = ("+experiment=", "experiment=", "run_dir=")
-    given = [override for override in HydraConfig.get().overrides.task if not override.startswith(ours)]
+    ours = {"experiment", "run_dir", "chain", "rerun"}
+    given = [one for one in HydraConfig.get().overrides.task if one.lstrip("+~").split("=")[0] not in ours]
     started = time.time()
-    command = [sys.executable, sys.argv[0], f"+experiment={experiment}", *given, *changes, quoted("run_dir", run_dir)]
+    command = [sys.executable, sys.argv[0], f"+experiment={experiment}", *given, *changes, f"run_dir={run_dir}"]
     process = subprocess.Popen(command)
     while process.returncode is None:
         # Ctrl-C at the terminal reaches the run as well, which saves what it needs to resume: wait for it.
@@ -45,38 +45,47 @@ def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> float:
     return round(time.time() - started, 1)
 
 
-def quoted(key: str, path: str | Path) -> str:
-    """An override whose value may hold characters that mean something to Hydra: a run's name has `=` and `,`."""
-    return f"{key}='{path}'"
+def chain_identity(cfg: DictConfig) -> Identity:
+    """What a chain is: its parts, and what was asked of all of them."""
+    asked = sorted(override for override in HydraConfig.get().overrides.task if tells_apart(override))
+    return {"chain": list(cfg.chain), "ablation": cfg.ablation, "seed": cfg.seed, "overrides": asked}
 
 
 def run_chain(cfg: DictConfig) -> None:
     """Run the experiments of a chain one after the other, each in a folder of its own below the run's.
 
-    The evaluation is left out where the data are a user's own and no held-out shards are named. Started again with the
-    same overrides, an unfinished chain goes on with the part it was in. Raises UserError if they are others.
+    A part is done when its folder says that it is finished and all it left is there: started again, a chain goes on
+    with the first that is not. Own data without held-out shards are not evaluated.
     """
     folder = Path(cfg.run_dir)
-    overrides = sorted(HydraConfig.get().overrides.task)
-    seconds = done_parts(folder, overrides)
     require_folders(cfg)
-    parts = [experiment for experiment in cfg.chain if experiment != EVALUATE or cfg.evaluation]
-    for experiment in parts:
-        part = folder / run_name(experiment, cfg.ablation, cfg.seed)
-        if experiment in seconds:
+    parts = {
+        experiment: folder / run_name(experiment, cfg.ablation, cfg.seed)
+        for experiment in cfg.chain
+        if experiment != EVALUATE or cfg.evaluation
+    }
+    seconds = {}
+    for experiment, part in parts.items():
+        if (done := read_run(part)) is not None and done.is_finished:
             print(f"{experiment}: was done already, in {part}", flush=True)
-            continue
-        seconds[experiment] = run_apart(experiment, part, quoted("runs", folder))
-        write_json(folder / CHAIN, {"overrides": overrides, "seconds": seconds})
-    last = json.loads((part / "metrics.json").read_text())
+        else:
+            run_apart(experiment, part, f"runs={folder}")
+            _require_done(experiment, part)
+        seconds[experiment] = json.loads((part / METRICS).read_text()).get("seconds", 0.0)
+    last = json.loads((part / METRICS).read_text())
     seconds["total"] = round(sum(seconds.values()), 1)
-    write_json(folder / "metrics.json", {**last, "seconds": seconds})
+    write_json(folder / METRICS, {**last, "seconds": seconds})
     if (part / "report.html").is_file():
         shutil.copy(part / "report.html", folder / "report.html")
-    (folder / CHAIN).unlink()
     if len(parts) < len(cfg.chain):
         print(f"{cfg.experiment}: nothing was evaluated, for no held-out shards are named. {NAME_HELD_OUT}")
     print(f"{cfg.experiment}: done in {seconds['total']:.0f} s; figures and report in {folder}")
+
+
+def _require_done(experiment: str, part: Path) -> None:
+    done = read_run(part)
+    if done is None or not done.is_finished:
+        raise UserError(f"{experiment} ended without its result in {part} (see above): start the chain again.")
 
 
 def require_folders(cfg: DictConfig) -> None:
@@ -87,16 +96,3 @@ def require_folders(cfg: DictConfig) -> None:
     named += [named_folders.values() for named_folders in asked.values() if named_folders]
     for folder in dict.fromkeys(folder for listed in named for folder in listed):
         read_sources([folder], REMEDY, Remote.of(settings["data"].get("cache")))
-
-
-def done_parts(folder: Path, overrides: list[str]) -> dict[str, float]:
-    """The seconds of each part that an unfinished chain has done; raises UserError if its overrides were others."""
-    if not (folder / CHAIN).is_file():
-        return {}
-    found = json.loads((folder / CHAIN).read_text())
-    if found["overrides"] != overrides:
-        raise UserError(
-            f"{folder} holds an unfinished chain that was started with {' '.join(found['overrides'])}. Start that one "
-            f"again to end it, delete {folder / CHAIN} to give it up, or choose another folder with run_dir=…"
-        )
-    return found["seconds"]

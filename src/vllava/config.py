@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import re
 import typing
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vllava.errors import UserError, require_known
+from vllava.identity import tells_apart
 from vllava.settle import settle
 from vllava.sources import check_spelling
 
@@ -26,37 +32,63 @@ CONF = Path(__file__).parents[2] / "conf"
 TOP_LEVEL = {
     "experiment", "ablation", "seed", "chain", "runs", "run_dir", "world", "log_level", "save_minutes",
     "model", "foundations", "recipes", "tokenizer", "template", "encoder", "projector", "data", "task", "trainer",
-    "logger", "preview", "evaluation", "toy",
+    "logger", "preview", "evaluation", "toy", "rerun",
 }
 # fmt: on
-NAME_BYTES = 200  # of a run's folder at most; file systems take 255
+NAME_BYTES = 200  # of a run's folder at most, all of them ASCII; file systems take 255
 _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 
-def run_name(experiment: str, ablation: str, seed: int, overrides: str = "") -> str:
-    """The name of a run's folder: what it is, and what was changed on the command line."""
-    name = f"{experiment}-{ablation}-s{seed}"
-    if overrides:
-        name += f"-{overrides.replace('/', '_')}"
-    if len(name.encode()) <= NAME_BYTES:
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{name.encode()[: NAME_BYTES - 9].decode(errors='ignore')}-{digest}"
+def run_name(experiment: str, ablation: str, seed: int, *overrides: str) -> str:
+    """The name of a run's folder: experiment, ablation, model and seed, and six characters for what else was changed.
+
+    The model is left out where the command line chooses none. The name is for people; what a run is, says its identity.
+    """
+    model = next((override.partition("=")[2] for override in overrides if override.startswith("model=")), "")
+    others = sorted(one for one in overrides if tells_apart(one) and not one.startswith(("model=", "seed=")))
+    named = [experiment, ablation, *([model] if model else []), f"s{seed}"]
+    if others:
+        named.append(hashlib.sha256("\n".join(others).encode()).hexdigest()[:6])
+    return re.sub(r"[^\w.-]", "_", "-".join(named), flags=re.ASCII)[:NAME_BYTES]
 
 
 def register_resolvers() -> None:
     """Make `${run_name:…}` known to OmegaConf."""
 
     def resolve(experiment: str, ablation: str, seed: int) -> str:
-        overrides = HydraConfig.get().job.override_dirname if HydraConfig.initialized() else ""
-        return run_name(experiment, ablation, seed, overrides)
+        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+        return run_name(experiment, ablation, seed, *overrides)
 
     OmegaConf.register_new_resolver("run_name", resolve, replace=True)
+
+
+# Keys whose values are paths: these may hold any characters, also such as mean something to Hydra.
+PATHS = ("run_dir", "runs", "world", "projector", "evaluation.checkpoint")
+
+
+def with_paths_quoted(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments in which a path that Hydra could not read as it stands is put in quotes."""
+    sweeps = not {"-m", "--multirun"}.isdisjoint(arguments)
+    return [_quoted(argument, sweeps) for argument in arguments]
+
+
+def _quoted(argument: str, sweeps: bool) -> str:
+    key, equals, value = argument.partition("=")
+    if sweeps and "," in value:  # several values, in Hydra's own way to write them
+        return argument
+    if key.lstrip("+") not in PATHS or not equals or re.fullmatch(r"[\w./~-]*|null|'.*'|\".*\"|\$\{.*\}.*", value):
+        return argument
+    with suppress(HydraException):
+        if isinstance(OverridesParser.create().parse_override(argument).value(), str) and "," not in value:
+            return argument
+    escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def composed(overrides: list[str], conf: str | Path = CONF) -> DictConfig:
     """The settled and checked configuration of a command line; raises UserError for a mistake in it."""
     register_resolvers()
+    overrides = with_paths_quoted(overrides)
     check_spelling(overrides)
     try:
         with initialize_config_dir(str(conf), version_base="1.3"):
@@ -70,8 +102,23 @@ def composed(overrides: list[str], conf: str | Path = CONF) -> DictConfig:
     return cfg
 
 
+def composed_beside(overrides: list[str]) -> DictConfig:
+    """`composed`, in a process that runs a configuration already, from the same files; that one stays as it is."""
+    running, job = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    try:
+        GlobalHydra.instance().clear()
+        return composed(overrides, _conf())
+    finally:
+        GlobalHydra.instance().clear()
+        if running is not None:
+            GlobalHydra.instance().initialize(running)
+        HydraConfig.instance().cfg = job
+
+
 def check(cfg: DictConfig) -> None:
     """Settle a configuration; raises UserError for an experiment not chosen, a key nobody reads, a missing value."""
+    if cfg.chain is not None:
+        _check_chain(cfg)
     if cfg.experiment is None:
         raise UserError(
             f"Choose what to run: python train.py +experiment=NAME, with NAME one of {_names('experiment')}."
@@ -92,8 +139,28 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"The configuration is not complete: {str(error).splitlines()[0]}.") from error
 
 
+def _check_chain(cfg: DictConfig) -> None:
+    """A chain names experiments that there are, none of them a chain; one of the command line needs no experiment."""
+    known = _names("experiment").split(", ")
+    parts = [cfg.chain] if isinstance(cfg.chain, str) else list(cfg.chain)
+    for part in parts:
+        require_known("chain", [part], known)
+        if "chain" in OmegaConf.to_container(OmegaConf.load(_conf() / "experiment" / f"{part}.yaml")):
+            raise UserError(f"chain={parts} names {part}, which is a chain itself: name its experiments.")
+    if not parts or len(set(parts)) < len(parts):
+        raise UserError(f"chain={parts}: name one experiment or several different ones, such as chain=[stage1,stage2].")
+    cfg.chain = parts
+    cfg.experiment = cfg.experiment or "chain"
+
+
 def _names(group: str) -> str:
-    return ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+    return ", ".join(sorted(path.stem for path in (_conf() / group).glob("*.yaml")))
+
+
+def _conf() -> Path:
+    """The folder of the configuration that is running."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    return Path(next((source.path for source in sources if source.provider == "main"), CONF))
 
 
 def _check_node(where: str, node: Any) -> None:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.imports import RequirementCache
 from omegaconf import DictConfig, OmegaConf
 
-from vllava.chain import run_apart, run_chain
+from vllava.chain import chain_identity, run_apart, run_chain
 from vllava.config import check
 from vllava.data.address import shown
 from vllava.errors import UserError
@@ -28,47 +28,69 @@ from vllava.evaluation.preview import Preview
 from vllava.evaluation.report import write_report
 from vllava.features import use_features
 from vllava.folders import require_replaceable
+from vllava.identity import Identity, evaluation_identity, identity_of
+from vllava.lineage import resolve
 from vllava.model.build import load_tokenizer
 from vllava.model.checkpoint import load_projector
 from vllava.model.device import best_device, computes_in_bf16
 from vllava.model.precision import halve_frozen
 from vllava.model.video_llava import VideoLlava
+from vllava.runs import Run, claim, is_first_process, occupied, place, read_run
 from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, SaveToResume, Throughput, progress_bar
 from vllava.training.loggers import log_samples
 from vllava.training.task import Task
 
 RESUME = "resume.ckpt"  # in a run's folder while it is unfinished
-MARK = ".vllava-run"  # in every run's folder: what lies there is a run's, and may be replaced by the next
 MOST_PROCESSES = 4  # on CPUs, unless trainer.devices says how many
-_WRITTEN = ("config.yaml", "metrics.json", "history.jsonl", "answers.jsonl", "broken.jsonl", "report.html", "loss.png")
 
 
 def run(cfg: DictConfig) -> None:
     """Carry out one configuration: a chain of experiments, an evaluation, or a training run."""
     check(cfg)
     quiet(cfg.log_level)
-    claim(Path(cfg.run_dir))
+    if HydraConfig.get().mode is RunMode.MULTIRUN and not cfg.chain:
+        run_apart(cfg.experiment, cfg.run_dir, *(["rerun=true"] if cfg.rerun else []))
+        return
+    folder = place(Path(cfg.run_dir), cfg.rerun)
+    cfg.run_dir = str(folder)
+    claim(folder)
+    log_to(folder)
+    resolve(cfg)
+    with occupied(Run(folder, cfg.experiment, cfg.ablation, cfg.seed, identity(cfg))) as run:
+        if run is None:
+            say_finished(folder)
+        elif cfg.chain:
+            run_chain(cfg)
+        elif cfg.evaluation:
+            instantiate(cfg.evaluation)
+        else:
+            train(cfg)
+        if run is not None and is_first_process():
+            run.finish()
+            forget(folder / RESUME)
+
+
+def identity(cfg: DictConfig) -> Identity:
+    """What a chain, an evaluation or a training run is."""
     if cfg.chain:
-        run_chain(cfg)
-    elif HydraConfig.get().mode is RunMode.MULTIRUN:
-        run_apart(cfg.experiment, cfg.run_dir)
-    elif cfg.evaluation:
-        instantiate(cfg.evaluation)
-    else:
-        train(cfg)
+        return chain_identity(cfg)
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    return evaluation_identity(settings) if cfg.evaluation else identity_of(settings)
 
 
-def claim(run_dir: Path) -> None:
-    """Make a folder a run's; raises UserError where, without a mark, it holds files of the names that a run writes."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    held = [name for name in _WRITTEN if (run_dir / name).exists()]
-    if held and not (run_dir / MARK).exists():
-        raise UserError(
-            f"{run_dir} holds {', '.join(held)}, which a run would replace, and is not marked as a run's folder. "
-            f"Choose another one with run_dir=…, or, if an older version made it, mark it: touch {run_dir / MARK}"
-        )
-    (run_dir / MARK).touch()
+def say_finished(folder: Path) -> None:
+    """What is said to somebody who starts a finished run again."""
+    found = read_run(folder)
+    ended = f" ({found.ended})" if found else ""
+    print(f"{folder} is finished{ended}, with the same settings: nothing to do. rerun=true runs it again, elsewhere.")
+
+
+def log_to(folder: Path) -> None:
+    """Keep messages in the run's train.log, with the tracebacks that are not shown on the screen."""
+    handler = logging.FileHandler(folder / "train.log")
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
 
 
 def quiet(level: str) -> None:
@@ -129,9 +151,6 @@ def train(cfg: DictConfig) -> None:
         left_over = task.model.load_state_dict(weights, strict=False).unexpected_keys
         assert not left_over, left_over
     task.export(run_dir / "checkpoint", tokenizer, settings)
-    if (run_dir / RESUME).is_dir():  # DeepSpeed's
-        shutil.rmtree(run_dir / RESUME)
-    (run_dir / RESUME).unlink(missing_ok=True)
     facts = {**task.facts(), "seconds": round(time.time() - started, 1)}
     if "warning" in facts:
         print(f"warning: {facts['warning']}")
@@ -142,18 +161,17 @@ def train(cfg: DictConfig) -> None:
     print(f"{cfg.experiment}: done in {time.time() - started:.0f} s; checkpoint, figures and report.html in {run_dir}")
 
 
-def unfinished(run_dir: Path, settings: Any) -> str | None:
-    """The checkpoint an interrupted run of this very configuration left behind, if there is one.
+def forget(path: Path) -> None:
+    """Remove what a run would have resumed from."""
+    if path.is_dir():  # DeepSpeed's
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
-    Writes the configuration to config.yaml. Raises UserError if the unfinished run had another configuration.
-    """
-    path, config = run_dir / RESUME, run_dir / "config.yaml"
-    if path.exists() and (not config.is_file() or yaml.safe_load(config.read_text()) != settings):
-        raise UserError(
-            f"{run_dir} holds an unfinished run of another configuration ({config}). Start that one again to end it, "
-            f"delete {path} to give it up, or choose another folder with run_dir=…"
-        )
-    config.write_text(yaml.safe_dump(settings, sort_keys=False))
+
+def unfinished(run_dir: Path, settings: Any) -> str | None:
+    """The checkpoint that an interrupted run left behind, if there is one. Writes the configuration to config.yaml."""
+    path = run_dir / RESUME
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     if not path.exists():
         return None
     print(f"resuming the interrupted run in {run_dir}", flush=True)
