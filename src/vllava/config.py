@@ -8,7 +8,6 @@ import inspect
 import re
 import typing
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import hydra
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -76,11 +74,9 @@ def _quoted(argument: str, sweeps: bool) -> str:
     key, equals, value = argument.partition("=")
     if sweeps and "," in value:  # several values, in Hydra's own way to write them
         return argument
-    if key.lstrip("+") not in PATHS or not equals or re.fullmatch(r"[\w./~-]*|null|'.*'|\".*\"|\$\{.*\}.*", value):
+    plain = re.fullmatch(r"[A-Za-z0-9_./-]*|null|'.*'|\".*\"|\$\{.*\}.*", value)
+    if not equals or key.lstrip("+") not in PATHS or plain:
         return argument
-    with suppress(HydraException):
-        if isinstance(OverridesParser.create().parse_override(argument).value(), str) and "," not in value:
-            return argument
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
     return f"{key}='{escaped}'"
 
@@ -145,7 +141,7 @@ def _check_chain(cfg: DictConfig) -> None:
     parts = [cfg.chain] if isinstance(cfg.chain, str) else list(cfg.chain)
     for part in parts:
         require_known("chain", [part], known)
-        if "chain" in OmegaConf.to_container(OmegaConf.load(_conf() / "experiment" / f"{part}.yaml")):
+        if "chain" in OmegaConf.load(_conf() / "experiment" / f"{part}.yaml"):
             raise UserError(f"chain={parts} names {part}, which is a chain itself: name its experiments.")
     if not parts or len(set(parts)) < len(parts):
         raise UserError(f"chain={parts}: name one experiment or several different ones, such as chain=[stage1,stage2].")
