@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vllava.batch import MEDIA_KINDS
 from vllava.errors import UserError, reading, reason
-from vllava.folders import replacing, sha256_of
+from vllava.folders import replacing
 from vllava.model.build import load_llm, load_tokenizer, video_llava
 from vllava.model.encoders import Encoder
 from vllava.model.files import (
@@ -33,7 +33,7 @@ from vllava.model.files import (
     write_half,
     write_tensors,
 )
-from vllava.model.finding import CONFIG, Folders, Foundation, find, size_of
+from vllava.model.finding import Folders, Foundation, find, settings_of, size_of
 from vllava.model.headers import read_json
 from vllava.model.video_llava import VideoLlava
 
@@ -57,7 +57,7 @@ class Description:
     template_options: dict[str, Any] = field(default_factory=dict)  # of the tokenizer's own template
     frame_sampling: str = "index"  # of videos
     folder: str = ""  # where it was written: what lay near it then is looked for near where it lies now
-    files: dict[str, dict] = field(default_factory=dict)  # of parts outside: {"bytes": of weights, "config": its hash}
+    files: dict[str, dict] = field(default_factory=dict)  # of parts outside, as finding.py knows them
     tokenizer: str = ""  # "tokenizer": the folder inside the checkpoint; else the LLM's own
 
     def prompt(self, template: str | None = None) -> dict[str, Any]:
@@ -98,11 +98,11 @@ def _locate(description: Description, model: VideoLlava, folder: Path) -> None:
     outside = {kind: model.encoder(kind).folder for kind in model.encoders}
     if description.llm != LLM:
         description.llm = _whole(description.llm)
-        outside |= {"llm": getattr(model.llm, "folder", description.llm)}
+        outside |= {"llm": getattr(model.llm, "folder", Path(description.llm))}
     for kind, place in outside.items():
         with suppress(UserError, OSError):  # gone since it was read: it is known by its hash all the same
-            size, config = size_of(Checkpoint(place)), sha256_of(Path(place) / CONFIG)
-            description.files[kind] = {"bytes": size, "config": config}
+            size = size_of(Checkpoint(place))
+            description.files[kind] = {"bytes": size, "settings": settings_of(kind, place)}
 
 
 def _whole(path: str) -> str:
@@ -163,7 +163,7 @@ _FORM: dict[str, Callable[[Any], bool]] = {  # what the parts of a description l
         isinstance(found, dict)
         and _all(dict, found.values())
         and _all(int, (part.get("bytes", 0) for part in found.values()))
-        and _all(str, (part.get("config", "") for part in found.values()))
+        and _all(dict, (part.get("settings", {}) for part in found.values()))
     ),
     "tokenizer": lambda found: found in ("", TOKENIZER),
 }
@@ -214,7 +214,7 @@ def find_parts(folder: Path, description: Description, search: Folders = ()) -> 
             path,
             description.sha256.get(kind),
             known.get("bytes"),
-            known.get("config"),
+            known.get("settings"),
             os.path.relpath(path, description.folder) if near else None,
         )
         places[kind] = find(part, folder, search)

@@ -6,9 +6,9 @@ Each is looked for, in this order,
    earlier versions, from the working directory and from each folder above the checkpoint);
 2. in the folders that are named: `--foundations`, `foundations.search`, the environment's VLLAVA_FOUNDATIONS (folders
    with `:` between them), down to two levels below each;
-3. beside the checkpoint: in folders called `foundations` or `assets` in its own folder or any above it, down to two
-   levels; among the folders in its own; and, unless another model has taken the place where it lay, among the folders
-   next to it;
+3. beside the checkpoint: in folders called `foundations`, `models` or `assets` in its own folder or any above it, down
+   to two levels; among the folders in its own; and, unless another model has taken the place where it lay, among the
+   folders next to it;
 4. on the hub, if it was named by its id.
 
 Only what has the hash that was recorded is ever taken. A part without one, of early versions, is taken where it lay.
@@ -32,8 +32,13 @@ from vllava.model.files import Checkpoint, is_hub_id, local_folder
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = "VLLAVA_FOUNDATIONS"
-BESIDE = ("foundations", "assets")  # folders of these names are looked into, in the checkpoint's folder and above
+BESIDE = (
+    "foundations",
+    "models",
+    "assets",
+)  # folders of these names are looked into, in the checkpoint's folder and above
 CONFIG = "config.json"
+SETTINGS = (CONFIG, "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
 _LEVELS = 2  # below a folder that is looked into
 _SHOWN = 200  # characters of a path in a message
 
@@ -59,7 +64,7 @@ class Foundation:
     path: str  # where it lay, or its hub id
     sha256: str | None = None  # of its weights
     size: int | None = None  # of its weights, in bytes: what has another is not read
-    config: str | None = None  # the SHA-256 of its config.json
+    settings: dict[str, str] | None = None  # its other files that matter -> their SHA-256, see `settings_of`
     relative: str | None = None  # its path from the checkpoint's folder
 
     @property
@@ -73,11 +78,12 @@ class Foundation:
             return self.size in (None, size_of(checkpoint)) and checkpoint.sha256 == self.sha256
         return False
 
-    def has_its_settings(self, place: Path) -> bool:
-        """Whether a folder's config.json is the one of training, as far as that is recorded."""
-        with suppress(OSError):
-            return self.config in (None, sha256_of(place / CONFIG))
-        return False
+    def others(self, place: Path) -> list[str]:
+        """Which of a folder's settings, beside the weights, are not those of training, as far as these are recorded."""
+        if self.settings is None:
+            return []
+        found = settings_of(self.kind, place)
+        return [name for name in SETTINGS if found.get(name) != self.settings.get(name)]
 
 
 def size_of(checkpoint: Checkpoint) -> int:
@@ -85,12 +91,19 @@ def size_of(checkpoint: Checkpoint) -> int:
     return sum(path.stat().st_size for path in checkpoint.weights)
 
 
+def settings_of(kind: str, place: Path) -> dict[str, str]:
+    """The SHA-256 of the files that say what a part's weights mean, by name; of an LLM its tokenizer's too."""
+    names = SETTINGS if kind == "llm" else (CONFIG,)
+    with reading(f"The checkpoint {place}"):
+        return {name: sha256_of(place / name) for name in names if os.path.isfile(place / name)}
+
+
 def find(part: Foundation, folder: Path, search: Folders = ()) -> str:
     """Where a part of the checkpoint in `folder` lies, see the module's docstring: a folder's path, or a hub id.
 
     search: folders to look into beside the usual ones. Of several that have its weights, one that also has its
-    config.json is taken; where none has, the first, with a warning. Raises UserError that says what was looked for
-    and where, if it is not found, or if what lies in its place is another or damaged.
+    settings, see `settings_of`, is taken; where none has, the first, with a warning that names them. Raises UserError
+    that says what was looked for and where, if it is not found, or if what lies in its place is another or damaged.
     """
     with reading(f"The checkpoint {part.path[:_SHOWN]}"):  # a name that no folder can have
         on_hub_too = not Path(part.path).exists() and is_hub_id(part.path)
@@ -103,11 +116,12 @@ def find(part: Foundation, folder: Path, search: Folders = ()) -> str:
         replaced = any((place / CONFIG).is_file() for place in lay)
         for place in dict.fromkeys(chain(lay, _near(folder, named, siblings=not replaced))):
             if part.is_at(place):
-                if part.has_its_settings(place):
+                if not part.others(place):
                     return str(place)
                 taken = taken or place
     if taken:
-        log.warning("%s has the weights of the %s of %s, and another %s", taken, part.name, folder, CONFIG)
+        others = ", ".join(part.others(taken))
+        log.warning("%s has the weights of the %s of %s, but not the same %s", taken, part.name, folder, others)
         return str(taken)
     refused = ""
     if on_hub_too and not lay:
@@ -170,8 +184,9 @@ def _below(place: Path, levels: int) -> Iterator[Path]:
 
 def _not_found(part: Foundation, folder: Path, named: list[Path], lay: list[Path], refused: str) -> UserError:
     known = f"its hash begins with {part.sha256[:12]}" if part.sha256 else "its hash is not recorded"
-    looked = [str(place) + ("" if place.is_dir() else " (which is not there)") for place in named]
-    elsewhere = f"{'; in '.join(['', *looked])}; in folders called {' or '.join(BESIDE)} from there upwards"
+    looked = [f"in {place}{'' if place.is_dir() else ' (which is not there)'}" for place in named]
+    looked += ["beside the checkpoint", f"in folders called {', '.join(BESIDE)} there or higher up"]
+    where = f"Looked for {'; '.join(looked)}{refused}."
     remedy = (
         "Name the folder where it lies now: --foundations FOLDER for a command, foundations.search=[FOLDER] for a run, "
         f"{ENVIRONMENT}=FOLDER for both. A checkpoint that needs nothing beside itself is made, where it still "
@@ -182,9 +197,9 @@ def _not_found(part: Foundation, folder: Path, named: list[Path], lay: list[Path
             _ = Checkpoint(lay[0]).layout  # if it is damaged, this says how
         return UserError(
             f"{folder} was trained with another {part.name} than {lay[0]} (their hashes differ), and the one it was "
-            f"trained with ({known}) is not found: looked for beside the checkpoint{elsewhere}{refused}. {remedy}"
+            f"trained with ({known}) is not found. {where} {remedy}"
         )
     return UserError(
-        f"No checkpoint of the {part.name} that {folder} was trained with is found ({known}): not where it lay, "
-        f"{part.path[:_SHOWN]}; nor beside the checkpoint{elsewhere}{refused}. {remedy}"
+        f"No checkpoint of the {part.name} that {folder} was trained with is found ({known}); it lay at "
+        f"{part.path[:_SHOWN]}. {where} {remedy}"
     )

@@ -44,6 +44,8 @@ def pack(source: Path, out: Path, search: Folders = (), overwrite: bool = False,
             description.sha256.setdefault(kind, Checkpoint(folder).sha256)
             if kind != "llm":
                 description.encoders[kind]["path"] = name
+                if not Path(places[kind]).exists():
+                    description.origin.setdefault(f"mm_{kind}_tower", places[kind])  # by its hub id others find it too
         _copy(_tokenizer_files(tokenizer), tokenizer, unfinished / (description.tokenizer or LLM), link)
         if description.encoders:
             _copy([source / PROJECTOR], source, unfinished, link)
