@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 
 import pytest
@@ -407,22 +408,20 @@ def test_a_tokenizer_that_is_not_the_llms_own_stays_with_the_checkpoint(trained,
         assert description.trained == ["projector"] and loaded.llm.sha256 == description.sha256["llm"]
 
 
-@pytest.mark.parametrize("experiment", ["stage1", "align_image", "mae", "llm"])
-def test_what_is_the_projects_is_found_from_any_directory(experiment, tmp_path, monkeypatch):
+def test_what_is_the_projects_is_found_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(PROJECT)
-    there = composed([f"+experiment={experiment}"])
-    assert there.tokenizer.startswith("assets/")
+    assert composed(["+experiment=stage1"]).tokenizer == "assets/llm"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets/llm").mkdir(parents=True)  # another project's
-    elsewhere = composed([f"+experiment={experiment}"])
-    assert elsewhere.tokenizer == str(PROJECT / there.tokenizer)
-    named = {**(there.get("foundations") or {})}
-    named.pop("search")
-    assert {key: str(PROJECT / path) for key, path in named.items()} == {
-        key: path for key, path in elsewhere.foundations.items() if key != "search"
-    }
-    assert elsewhere.world == "data/toy" and elsewhere.runs == "outputs/runs"  # the working directory's
+    cfg = composed(["+experiment=stage1"])
+    for name in ("languagebind_image", "languagebind_video", "clip", "mae", "llm"):
+        assert cfg.foundations[name] == str(PROJECT / "assets" / name.replace("_", "-"))
+    assert cfg.model.image_encoder.path == str(PROJECT / "assets/languagebind-image")
+    assert cfg.world == "data/toy" and cfg.runs == "outputs/runs"  # the working directory's
     assert composed(["+experiment=stage1", "foundations.llm=mine/llm"]).model.llm.path == "mine/llm"
+    assert composed(["+experiment=align_image"]).tokenizer == str(PROJECT / "assets/tokenizer")
+    for path in (PROJECT / "conf").rglob("*.yaml"):
+        assert not re.search(r"[: ]assets/", re.sub("#.*", "", path.read_text()).replace("${project:assets/", "")), path
 
 
 def test_folders_to_search_are_handed_to_the_evaluation():
