@@ -19,6 +19,7 @@ from vllava.errors import UserError, stop
 from vllava.evaluation.answers import ask, encoded
 from vllava.model.checkpoint import load
 from vllava.model.device import best_device
+from vllava.model.finding import Folders, add_foundations
 
 
 def read_medium(kind: str, path: Path, decode: SampleDecoder) -> Medium:
@@ -39,13 +40,15 @@ def answers(
     decoder: str = "auto",
     num_frames: int | None = None,
     template: str | None = None,
+    foundations: Folders = (),
     **sampling: Any,
 ) -> Iterator[str]:
     """Answer questions in one conversation; the media are shown before the first, or where it says, and encoded once.
 
-    Greedy, unless `sampling` says otherwise in the words of `transformers`' generation.
+    Greedy, unless `sampling` says otherwise in the words of `transformers`' generation. foundations: folders to look
+    into for what the checkpoint does not hold itself.
     """
-    model, tokenizer, description = load(checkpoint, num_frames)
+    model, tokenizer, description = load(checkpoint, num_frames, foundations)
     model.to(best_device())
     decode = sample_decoder(model.specs, description.image_fit, decoder, description.frame_sampling)
     packer = conversation_packer(model.specs, tokenizer, **description.prompt(template))
@@ -90,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         "The first may say where the media stand: '<image> before <video>, what changed?'",
     )
     parser.add_argument("--checkpoint", required=True, help="a run's checkpoint folder")
+    add_foundations(parser)
     parser.add_argument("--image", action=_Show, metavar="FILE", help="an image to show (may be repeated)")
     parser.add_argument("--video", action=_Show, metavar="FILE", help="a video to show (may be repeated)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: %(default)s)")
@@ -122,6 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.decoder,
             options.num_frames,
             options.template,
+            options.foundations,
             **sampling,
         ):
             print(answer, flush=True)

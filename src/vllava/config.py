@@ -25,7 +25,8 @@ from vllava.identity import tells_apart
 from vllava.settle import settle
 from vllava.sources import check_spelling
 
-CONF = Path(__file__).parents[2] / "conf"
+PROJECT = Path(__file__).parents[2]
+CONF = PROJECT / "conf"
 # fmt: off
 TOP_LEVEL = {
     "experiment", "ablation", "seed", "chain", "runs", "run_dir", "world", "log_level", "save_minutes",
@@ -51,13 +52,19 @@ def run_name(experiment: str, ablation: str, seed: int, *overrides: str) -> str:
 
 
 def register_resolvers() -> None:
-    """Make `${run_name:…}` known to OmegaConf."""
+    """Make `${run_name:…}` and `${project:…}` known to OmegaConf."""
 
     def resolve(experiment: str, ablation: str, seed: int) -> str:
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
         return run_name(experiment, ablation, seed, *overrides)
 
     OmegaConf.register_new_resolver("run_name", resolve, replace=True)
+    OmegaConf.register_new_resolver("project", of_project, replace=True)
+
+
+def of_project(path: str) -> str:
+    """A path of the project's own, such as assets/llm: as it is where one works in the project, else absolute."""
+    return path if Path.cwd() == PROJECT.resolve() else str(PROJECT / path)
 
 
 # Keys whose values are paths: these may hold any characters, also such as mean something to Hydra.

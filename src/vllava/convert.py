@@ -1,4 +1,4 @@
-"""Checkpoints from and to other formats: `python -m vllava.convert --help`."""
+"""Checkpoints from and to other formats, and packed whole: `python -m vllava.convert --help`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 from vllava.errors import UserError, reading, stop
 from vllava.folders import require_replaceable
-from vllava.model.checkpoint import LLM, read_description
+from vllava.model.checkpoint import find_parts, read_description
 from vllava.model.files import Checkpoint, local_folder
-from vllava.model.formats import read_original, read_ours, read_port, write_original, write_ours, write_port
+from vllava.model.finding import Folders, add_foundations
+from vllava.model.formats import pack, read_original, read_ours, read_port, write_original, write_ours, write_port
 from vllava.model.llm import require_sizes
 
 
@@ -32,18 +33,22 @@ def import_checkpoint(source: str, out: Path, towers: dict[str, str], template: 
 
 
 def export_checkpoint(
-    source: Path, out: Path, layout: str, drop_temporal_attention: bool, overwrite: bool = False
+    source: Path,
+    out: Path,
+    layout: str,
+    drop_temporal_attention: bool,
+    overwrite: bool = False,
+    foundations: Folders = (),
 ) -> list[str]:
     """Write one of our checkpoint folders in another layout; returns what its code cannot do with it.
 
-    overwrite: as for `import_checkpoint`.
+    overwrite: as for `import_checkpoint`. foundations: folders to look into for what the checkpoint does not hold.
     """
     description = read_description(source)
-    read = [settings["path"] for settings in description.encoders.values() if "path" in settings]
-    read += [description.llm] if description.llm != LLM else []
+    read = find_parts(source, description, foundations).values()
     require_replaceable(out, overwrite, [source, *map(Path, read)])
     with reading(f"The checkpoint {source}", "Is it complete?"):
-        parts = read_ours(source)
+        parts = read_ours(source, foundations)
     if layout == "original":
         return write_original(parts, out, overwrite)
     write_port(parts, out, drop_temporal_attention, overwrite)
@@ -70,7 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="export to transformers although its port has no temporal attention: it will be another model",
     )
-    for command in (take, give):
+    whole = commands.add_parser("pack", help="a vllava checkpoint with all it refers to, in one folder")
+    whole.add_argument("source", type=Path, help="a run's checkpoint folder")
+    whole.add_argument("out", type=Path, help="folder to write")
+    whole.add_argument("--link", action="store_true", help="hard links in place of copies, where possible")
+    for command in (give, whole):
+        add_foundations(command)
+    for command in (take, give, whole):
         command.add_argument(
             "--overwrite", action="store_true", help="replace OUT even if it holds what this program did not write"
         )
@@ -80,9 +91,16 @@ def main(arguments: list[str] | None = None) -> int:
             towers = {"image": options.image_tower, "video": options.video_tower}
             given = {kind: path for kind, path in towers.items() if path}
             import_checkpoint(options.source, options.out, given, options.template, options.overwrite)
+        elif options.command == "pack":
+            pack(options.source, options.out, options.foundations, options.overwrite, options.link)
         else:
             notes = export_checkpoint(
-                options.source, options.out, options.to, options.drop_temporal_attention, options.overwrite
+                options.source,
+                options.out,
+                options.to,
+                options.drop_temporal_attention,
+                options.overwrite,
+                options.foundations,
             )
             for note in notes:
                 print(f"note: the original code cannot open {note}", file=sys.stderr)

@@ -19,6 +19,7 @@ from vllava.data.shards import read_sources
 # What decides nothing: where a run computes, how fast, when it saves, what it shows, what it puts up with.
 INDIFFERENT = (
     *("experiment", "ablation", "runs", "run_dir", "rerun", "world", "log_level", "logger", "callbacks", "hydra"),
+    "foundations.search",
     *("save_minutes", "stop_seconds", "checkpoint", "preview", "validation"),
     *("data.workers", "data.token_budget", "data.cache", "data.remedy", "data.held_out"),
     *("task.max_broken_share", "task.on_nan", "task.max_skipped"),
@@ -33,7 +34,7 @@ ELSEWHERE = (
 TRAINER = ("precision", "max_epochs", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
 # A run may end later, or earlier, than was planned; see vllava.runs.
 LENGTH = ("trainer.max_epochs", "trainer.max_steps")
-_BESIDE = ("run_dir", "remedy", "batch_size", "plots", "cache")  # what decides nothing of an evaluation
+_BESIDE = ("run_dir", "remedy", "batch_size", "plots", "cache", "search")  # what decides nothing of an evaluation
 _DESCRIPTIONS = ("config.json", "vllava.json")  # of a model
 _PIECE = 1 << 20  # bytes at each end of a weights file that tell it from another
 
@@ -52,7 +53,9 @@ def tells_apart(override: str) -> bool:
     key = override.lstrip("+~").split("=")[0].split("@")[0]
     if "/" in key:  # a choice among files
         return not key.startswith("hydra/")
-    return decides(key) or any(_within(key, name) for name in ELSEWHERE)
+    return not any(_within(key, name) for name in INDIFFERENT) and (
+        decides(key) or any(_within(key, name) for name in ELSEWHERE)
+    )
 
 
 def _within(key: str, name: str) -> bool:

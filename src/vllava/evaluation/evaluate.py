@@ -16,6 +16,7 @@ from vllava.evaluation.answers import Answer, answer_all, check_rows, read_sampl
 from vllava.evaluation.report import KINDS, MATCH, sample_rows, write_report
 from vllava.model.checkpoint import load
 from vllava.model.device import best_device
+from vllava.model.finding import Folders
 
 TEMPORAL_TYPES = ("direction", "mover", "order", "change", "events")  # what one frame cannot answer
 
@@ -33,6 +34,7 @@ def evaluate(
     shown: int = 8,
     plots: dict[str, str] | None = None,
     cache: Remote | dict[str, Any] | None = None,
+    search: Folders = (),
 ) -> dict:
     """Answer every question of every source whose medium the model takes; write metrics, answers and a report.
 
@@ -40,6 +42,7 @@ def evaluate(
     counts with the medium it has, wherever its folder stands; the headline figures are over all sources together.
     num_frames: of a video, and template: of the prompt, if not as in training. `shown` samples of each medium, and the
     loss curves `plots` (name -> PNG file), go into the report. cache: how shards on servers are read.
+    search: folders to look into for what the checkpoint does not hold itself.
     Writes metrics.json, answers.jsonl and report.html to `run_dir`, and prints a table. Raises UserError for a
     missing checkpoint or shards, and for a sample that cannot be asked; of odd questions before the first is asked.
     A question without a true answer is asked and not scored.
@@ -47,7 +50,7 @@ def evaluate(
     started = time.time()
     if unknown := sorted(set(sources) - set(KINDS)):
         raise UserError(f"evaluation.sources names {', '.join(unknown)}; there are: {', '.join(KINDS)}.")
-    model, tokenizer, description = load(checkpoint, num_frames)
+    model, tokenizer, description = load(checkpoint, num_frames, search)
     model.to(best_device())
     decode = sample_decoder(model.specs, description.image_fit, decoder, description.frame_sampling)
     packer = conversation_packer(model.specs, tokenizer, **description.prompt(template))

@@ -1,14 +1,16 @@
 """Trained models on disk: the trained weights, and references, with hashes, to what was not trained.
 
 A checkpoint folder holds `vllava.json` (what the model is made of), `projector.safetensors`, and `llm/` if the
-LLM was trained. Frozen encoders, and an LLM that was not trained, stay where they are; only a checkpoint imported
-from another format holds its encoders too.
+LLM was trained. Frozen encoders, and an LLM that was not trained, stay where they are, and are found by their hashes
+if they or the checkpoint move: finding.py says where. A checkpoint that was imported from another format, or packed,
+holds them too.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,12 +33,14 @@ from vllava.model.files import (
     write_half,
     write_tensors,
 )
+from vllava.model.finding import Folders, Foundation, find, settings_of, size_of
 from vllava.model.headers import read_json
 from vllava.model.video_llava import VideoLlava
 
 DESCRIPTION = "vllava.json"
 PROJECTOR = "projector.safetensors"
 LLM = "llm"
+TOKENIZER = "tokenizer"
 
 
 @dataclass
@@ -52,6 +56,9 @@ class Description:
     origin: dict[str, Any] = field(default_factory=dict)  # what the config.json of an imported checkpoint said
     template_options: dict[str, Any] = field(default_factory=dict)  # of the tokenizer's own template
     frame_sampling: str = "index"  # of videos
+    folder: str = ""  # where it was written: what lay near it then is looked for near where it lies now
+    files: dict[str, dict] = field(default_factory=dict)  # of parts outside, as finding.py knows them
+    tokenizer: str = ""  # "tokenizer": the folder inside the checkpoint; else the LLM's own
 
     def prompt(self, template: str | None = None) -> dict[str, Any]:
         """How to ask: as in training, or with another template."""
@@ -73,9 +80,34 @@ def save_trained(model: VideoLlava, tokenizer: Any, description: Description, fo
             description.sha256["llm"] = model.llm.sha256
         elif Path(description.llm).is_dir():
             description.sha256["llm"] = Checkpoint(description.llm).sha256
+        if description.tokenizer:
+            tokenizer.save_pretrained(unfinished / TOKENIZER)
         if model.encoders:
             write_tensors(model.projector.state_dict(), unfinished, PROJECTOR)
+        _locate(description, model, folder)
         write_description(description, unfinished)
+
+
+def _locate(description: Description, model: VideoLlava, folder: Path) -> None:
+    """Write down where the parts that stay outside lie, whatever the working directory, and how they are known."""
+    description.folder = os.path.abspath(folder)
+    description.encoders = {
+        kind: {**settings, **({"path": _whole(settings["path"])} if "path" in settings else {})}
+        for kind, settings in description.encoders.items()
+    }
+    outside = {kind: model.encoder(kind).folder for kind in model.encoders}
+    if description.llm != LLM:
+        description.llm = _whole(description.llm)
+        outside |= {"llm": getattr(model.llm, "folder", Path(description.llm))}
+    for kind, place in outside.items():
+        with suppress(UserError, OSError):  # gone since it was read: it is known by its hash all the same
+            size = size_of(Checkpoint(place))
+            description.files[kind] = {"bytes": size, "settings": settings_of(kind, place)}
+
+
+def _whole(path: str) -> str:
+    """The absolute path of a folder; anything else, a hub id, as it is."""
+    return os.path.abspath(path) if os.path.isdir(path) else path
 
 
 def write_description(description: Description, folder: Path) -> None:
@@ -126,29 +158,76 @@ _FORM: dict[str, Callable[[Any], bool]] = {  # what the parts of a description l
     "origin": lambda found: isinstance(found, dict),
     "template_options": lambda found: isinstance(found, dict),
     "frame_sampling": lambda found: isinstance(found, str),
+    "folder": lambda found: isinstance(found, str),
+    "files": lambda found: (
+        isinstance(found, dict)
+        and _all(dict, found.values())
+        and _all(int, (part.get("bytes", 0) for part in found.values()))
+        and _all(dict, (part.get("settings", {}) for part in found.values()))
+    ),
+    "tokenizer": lambda found: found in ("", TOKENIZER),
 }
 
 
-def load(folder: str | Path, num_frames: int | None = None) -> tuple[VideoLlava, Any, Description]:
+def load(
+    folder: str | Path, num_frames: int | None = None, search: Folders = ()
+) -> tuple[VideoLlava, Any, Description]:
     """A trained model, its tokenizer and its description; `num_frames` of a video, if not as in training.
 
-    Raises UserError where a part is missing or is another one than in training.
+    search: folders to look into for encoders and an LLM that are no longer where they were, see finding.py. Raises
+    UserError where a part is missing or is another one than in training.
     """
     folder = Path(folder)
     description = read_description(folder)
     if num_frames and "video" in description.encoders:
         description.encoders["video"]["frames"] = num_frames
-    llm_path = str(folder / LLM) if description.llm == LLM else description.llm
-    encoders = {kind: _encoder(settings) for kind, settings in description.encoders.items()}
-    model = video_llava(load_llm(llm_path), encoders.get("image"), encoders.get("video"))
+    builds = {kind: _encoder_class(settings) for kind, settings in description.encoders.items()}
+    places = find_parts(folder, description, search)
+    encoders = {}
+    for kind, settings in description.encoders.items():
+        given = {**settings, **({"path": places[kind]} if kind in places else {})}
+        with reading(f"The checkpoint's settings of {given.pop('_target_')}"):
+            encoders[kind] = builds[kind](**given)
+    model = video_llava(load_llm(places["llm"]), encoders.get("image"), encoders.get("video"))
     require_parts(model, description.sha256, folder)
     if model.encoders:
         load_projector(model, folder / PROJECTOR)
-    return model.eval(), load_tokenizer(llm_path), description
+    return model.eval(), load_tokenizer(tokenizer_of(folder, description, places)), description
 
 
-def _encoder(settings: dict) -> Encoder:
-    """Build an encoder; a checkpoint may come from a stranger, so it can name nothing but an encoder of ours."""
+def find_parts(folder: Path, description: Description, search: Folders = ()) -> dict[str, str]:
+    """Where the encoders ("image", "video") and the LLM ("llm") of a checkpoint lie: each a folder or a hub id.
+
+    Raises UserError for one that is not found, see finding.py. What lies inside the checkpoint is taken unseen.
+    """
+    places = {}
+    paths = {kind: settings["path"] for kind, settings in description.encoders.items() if "path" in settings}
+    for kind, path in {**paths, "llm": description.llm}.items():
+        inside = folder / LLM if path == LLM and kind == "llm" else Path(path)
+        if inside == folder / LLM or (inside.is_relative_to(folder) and os.path.isdir(inside)):
+            places[kind] = str(inside)
+            continue
+        known = description.files.get(kind, {})
+        near = os.path.isabs(path) and os.path.isabs(description.folder)
+        part = Foundation(
+            kind,
+            path,
+            description.sha256.get(kind),
+            known.get("bytes"),
+            known.get("settings"),
+            os.path.relpath(path, description.folder) if near else None,
+        )
+        places[kind] = find(part, folder, search)
+    return places
+
+
+def tokenizer_of(folder: Path, description: Description, places: dict[str, str]) -> str:
+    """Where the tokenizer of a checkpoint lies: in a folder of its own, or with the LLM."""
+    return str(folder / TOKENIZER) if description.tokenizer else places["llm"]
+
+
+def _encoder_class(settings: dict) -> type[Encoder]:
+    """An encoder's class; a checkpoint may come from a stranger, so it can name nothing but an encoder of ours."""
     target = str(settings.get("_target_"))
     module, _, name = target.rpartition(".")
     found = None
@@ -157,8 +236,7 @@ def _encoder(settings: dict) -> Encoder:
             found = getattr(importlib.import_module(module), name, None)
     if not (isinstance(found, type) and issubclass(found, Encoder) and found.__module__ == module):
         raise UserError(f"The checkpoint names an encoder outside this package ({target[:200]}): not loaded.")
-    with reading(f"The checkpoint's settings of {target}"):
-        return found(**{key: value for key, value in settings.items() if key != "_target_"})  # type: ignore[arg-type]
+    return found
 
 
 def require_parts(model: VideoLlava, sha256: dict[str, str], where: Path) -> None:

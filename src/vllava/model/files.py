@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_YOUNG = 2_000_000_000  # nanoseconds; clocks of file systems tick every few milliseconds, of some every two seconds
 MOST_LAYERS = 1024  # of any model; the deepest published ones have some 120
 
 
@@ -74,9 +76,12 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the weights, all of them read: about 1.5 GB/s."""
+        """Hash of the weights, all of them read, once in a process: about 1.5 GB/s."""
         with reading(f"The checkpoint {self.folder}"):
-            return sha256_of(*self.weights)
+            states = tuple(_FileState.of(path) for path in self.weights)
+            # A file this young could be written again without its state telling.
+            settled = all(time.time_ns() - state.modified > _YOUNG for state in states)
+            return _remembered(states) if settled else sha256_of(*self.weights)
 
     @cached_property
     def layout(self) -> dict[str, Tensor]:
@@ -101,6 +106,32 @@ class Checkpoint:
         return {name: value for path in self.weights for name, value in _read(path).items()}
 
 
+class _FileState(NamedTuple):
+    """A file, and what changes when it is written to."""
+
+    path: Path
+    size: int
+    modified: int  # nanoseconds
+    changed: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> _FileState:
+        found = path.stat()
+        return cls(path.absolute(), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=256)
+def _remembered(states: tuple[_FileState, ...]) -> str:
+    return sha256_of(*(state.path for state in states))
+
+
+def is_hub_id(path: str | Path) -> bool:
+    """Whether a path that is no folder may be a hub id: `organisation/name`, with no folder `organisation` here."""
+    parts = Path(path).parts
+    return len(parts) == 2 and not Path(path).is_absolute() and not Path(parts[0]).exists()
+
+
 def local_folder(path: str | Path) -> Path:
     """The folder itself, or where the files of a hub id (`organisation/name`) lie once they are downloaded.
 
@@ -108,8 +139,7 @@ def local_folder(path: str | Path) -> Path:
     """
     with reading(f"The checkpoint {str(path)[:200]}"):
         folder = Path(path)
-        is_hub_id = len(folder.parts) == 2 and not folder.is_absolute() and not Path(folder.parts[0]).exists()
-        if folder.exists() or not is_hub_id:
+        if folder.exists() or not is_hub_id(path):
             return folder
         try:
             found = snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model"])

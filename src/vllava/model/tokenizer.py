@@ -17,7 +17,7 @@ from vllava.errors import UserError, reading
 from vllava.model.slow_llama import CONFIG, LLAMA, MODEL, RULES, SlowLlama, json_object, slow_llama
 
 JSON = "tokenizer.json"
-_FILES = ["*.json", "*.jinja", "*.txt", MODEL]  # of a tokenizer, on a hub
+FILES = ["*.json", "*.jinja", "*.txt", MODEL]  # of a tokenizer, on a hub
 _MOST_IDS = 10_000_000  # embeddings are made for every id: more is a damaged or hostile file
 
 
@@ -27,7 +27,7 @@ def load_tokenizer(path: str) -> Any:
     Code that lies in the folder is never run, and nothing is asked at the terminal. Raises UserError if there is no
     tokenizer, if its files are damaged, or if it is not a fast one.
     """
-    folder = _folder(path)
+    folder = tokenizer_folder(path)
     config = json_object(folder / CONFIG)
     _check_settings(folder, config)
     with reading(folder / JSON, "Is it complete?"):
@@ -43,7 +43,7 @@ def load_tokenizer(path: str) -> Any:
     return tokenizer
 
 
-def _folder(path: str) -> Path:
+def tokenizer_folder(path: str) -> Path:
     """The folder of a tokenizer; one on a hub is downloaded."""
     folder = Path(path)
     if not str(path).strip() or "\0" in str(path):
@@ -55,7 +55,7 @@ def _folder(path: str) -> Path:
     if len(folder.parts) > 2 or folder.is_absolute() or Path(folder.parts[0]).exists():
         raise UserError(f"No tokenizer at {path}: there is no such folder.")
     try:
-        return Path(snapshot_download(str(path), allow_patterns=_FILES))
+        return Path(snapshot_download(str(path), allow_patterns=FILES))
     except Exception as error:  # of the hub, of the network, of its cache
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"No tokenizer at {path}: there is no such folder, nor on the hub ({lines[0]}).") from error

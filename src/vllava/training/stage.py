@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vllava.batch import Batch, MediumSpec, idle_batch
-from vllava.model.checkpoint import Description, save_trained
+from vllava.model.checkpoint import TOKENIZER, Description, save_trained
 from vllava.model.lora import merged
 from vllava.model.sharding import shard
 from vllava.model.video_llava import VideoLlava
@@ -42,13 +42,15 @@ class Stage(Task):
 
     def export(self, folder: Path, tokenizer: Any, settings: dict) -> None:
         self.model.llm = merged(self.model.llm)
+        llm = settings.get("model", {}).get("llm", {}).get("path", settings["tokenizer"])
         description = Description(
             encoders={kind: settings["encoder"][kind] for kind in self.model.encoders},
-            llm=settings["tokenizer"],
+            llm=llm,
             template=settings["data"]["template"],
             image_fit=settings["data"]["image_fit"],
             trained=list(self.trained),
             template_options=settings["data"].get("template_options") or {},
             frame_sampling=settings["data"].get("frame_sampling", "index"),
+            tokenizer="" if llm == settings["tokenizer"] else TOKENIZER,
         )
         save_trained(self.model, tokenizer, description, folder)

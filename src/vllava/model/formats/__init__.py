@@ -6,6 +6,7 @@ tensor is never converted, so reading what was written gives the same bits. `pyt
 
 from vllava.model.formats.original import read_original, write_original
 from vllava.model.formats.ours import read_ours, write_ours
+from vllava.model.formats.packed import pack
 from vllava.model.formats.parts import Parts, Tower
 from vllava.model.formats.port import MEDIA_TOKENS, read_port, with_media_tokens, write_port
 
@@ -13,6 +14,7 @@ __all__ = [
     "MEDIA_TOKENS",
     "Parts",
     "Tower",
+    "pack",
     "read_original",
     "read_ours",
     "read_port",

@@ -8,36 +8,46 @@ from pathlib import Path
 from vllava.errors import UserError
 from vllava.folders import replacing
 from vllava.model.build import load_tokenizer
-from vllava.model.checkpoint import LLM, PROJECTOR, Description, read_description, read_projector, write_description
+from vllava.model.checkpoint import (
+    LLM,
+    PROJECTOR,
+    Description,
+    find_parts,
+    read_description,
+    read_projector,
+    tokenizer_of,
+    write_description,
+)
 from vllava.model.files import Checkpoint, write_tensors
+from vllava.model.finding import Folders
 from vllava.model.formats.parts import Parts, Tower, checked, tower_config, under
 from vllava.model.llm import read_config
 
 
-def read_ours(folder: Path) -> Parts:
-    """The parts of one of our checkpoint folders, whole towers included."""
+def read_ours(folder: Path, search: Folders = ()) -> Parts:
+    """The parts of one of our checkpoint folders, whole towers included; search: where else to look for them."""
     description = read_description(folder)
-    llm_folder = folder / LLM if description.llm == LLM else Path(description.llm)
+    places = find_parts(folder, description, search)
     towers, layers, names = {}, set(), {}
     for kind, settings in description.encoders.items():
         if settings.get("_target_") != "vllava.model.encoders.ClipEncoder":
             raise UserError(f"{folder}: its {kind} encoder is a {settings.get('_target_')}; other formats know CLIP's.")
-        tower = Checkpoint(settings["path"])
+        tower = Checkpoint(places[kind])
         towers[kind] = Tower(tower_config(tower), under(tower.tensors(), "vision_model."))
         if settings.get("frames") and towers[kind].temporal:
             towers[kind].config["num_frames"] = settings["frames"]
         layers.add(settings.get("feature_layer", -2))
-        if not Path(settings["path"]).exists():
-            names[f"mm_{kind}_tower"] = settings["path"]  # a hub id, by which others find it too
+        if not Path(places[kind]).exists():
+            names[f"mm_{kind}_tower"] = places[kind]  # a hub id, by which others find it too
     if len(layers) != 1:
         raise UserError(f"{folder}: the encoders' feature layers differ ({sorted(layers)}); other formats know one.")
-    llm = Checkpoint(llm_folder)
+    llm = Checkpoint(places["llm"])
     parts = Parts(
         read_config(llm, str(llm.folder)),
         llm.tensors(),
         read_projector(folder / PROJECTOR),
         towers,
-        load_tokenizer(str(llm.folder)),
+        load_tokenizer(tokenizer_of(folder, description, places)),
         layers.pop(),
         {**names, **description.origin},
         description.image_fit,
