@@ -81,7 +81,7 @@ def _quoted(argument: str, sweeps: bool) -> str:
     key, equals, value = argument.partition("=")
     if sweeps and "," in value:  # several values, in Hydra's own way to write them
         return argument
-    plain = re.fullmatch(r"[A-Za-z0-9_./-]*|null|'.*'|\".*\"|\$\{.*\}.*", value)
+    plain = re.fullmatch(r"|null|'.*'|\".*\"|\$\{.*\}.*", value)
     if not equals or key.lstrip("+") not in PATHS or plain:
         return argument
     escaped = re.sub(r"(\\+)(?='|$)", r"\1\1", value).replace("'", "\\'")
