@@ -175,6 +175,9 @@ def _settled(run: Run) -> Run | None:
         )
     raise UserError(
         f"{run.folder} holds {state} of another configuration: {in_words(found)}. "
-        + ("" if before.left is not None else f"Start that one again to end it, delete {run.folder} to give it up, or ")
-        + _ANOTHER
+        + (
+            f"Start that one again to end it, delete {run.folder} to give it up, or {_ANOTHER}"
+            if before.left is None
+            else "Choose another folder with run_dir=…"
+        )
     )
