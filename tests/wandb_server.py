@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class WandbServer:
     """Keeps the lines of each run's history at the places the client puts them, as W&B does.
 
-    `fault`: None, a status that answers everything, "silent" (accepts and never answers), or "silent later" (knows
-    who asks, and then is silent).
+    `fault`: None, a status that answers everything, "silent" (accepts and never answers), "silent later" (knows who
+    asks, and then is silent), "nobody" (knows nobody) or "page" (answers with something else).
     """
 
     def __init__(self):
@@ -66,6 +66,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "silent" or (fault == "silent later" and "Viewer" not in name and "viewer" not in name):
             self.world.stopped.wait(60)
             self.close_connection = True
+            return
+        if fault in ("nobody", "page"):
+            self.answer({"data": {"viewer": None}} if fault == "nobody" else ["a proxy's page"])
             return
         if isinstance(fault, int):
             self.answer({"errors": [{"message": "no"}]}, fault)

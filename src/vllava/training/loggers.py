@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from PIL import Image
 
 from vllava.data.writing import appearing
 from vllava.errors import UserError, reason
-from vllava.training.wandb_run import WandbSettings, open_run, usable_mode
+from vllava.training.wandb_run import WandbSettings, open_run, stop_client, usable_mode
 
 log = logging.getLogger(__name__)
 SAMPLES = "held_out_samples"
@@ -226,7 +225,6 @@ class WandbRun(Continued, WandbLogger):
         return self._experiment
 
     def _open(self) -> tuple[Any, int]:
-        os.environ.setdefault("WANDB_SILENT", "true")
         try:
             return open_run(self.run_dir, self.settings, self.mode, self.config)
         except Exception as error:
@@ -239,7 +237,15 @@ class WandbRun(Continued, WandbLogger):
                 return _DummyExperiment(), 0
             _say_offline(trouble, self.run_dir)
             self.mode = "offline"
+            stop_client()
             return self._open()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """At the end of a run that is stopped, all is written at once: the process may not live to do it at its end."""
+        super().finalize(status)
+        if status != "success" and self.mode == "offline" and self._experiment is not None:
+            self.guarded(lambda: self.experiment.finish(exit_code=1))
 
     def cut(self, step: int) -> int:
         _ = self.experiment

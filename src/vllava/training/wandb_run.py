@@ -14,6 +14,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from vllava.data.writing import write_json
 from vllava.errors import UserError, reason
 
 ANSWER_SECONDS = 5.0  # that a server has to say who we are
-START_SECONDS = 15.0  # that it has to take a run
-FINISH_SECONDS = 120.0  # that a run's end waits for what is not yet sent; it stays in the folder for `wandb sync`
+START_SECONDS = 10.0  # that it has to take a run
+FINISH_SECONDS = 60.0  # that a run's end waits for what is not yet sent; it stays in the folder for `wandb sync`
 X_AXES = {"samples_seen": "samples_seen", "step": "trainer/global_step"}  # and what W&B calls them
 MODES = ("auto", "online", "offline")
 _BLOCK = 32768  # of a LevelDB log, which .wandb files are
@@ -106,14 +107,18 @@ def what_is_wrong(host: str, key: str) -> str:
 
 
 def _ask(host: str, key: str) -> str:
-    question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
-    request = urllib.request.Request(f"{host}/graphql", question, {"Content-Type": "application/json"})
-    if key:
-        request.add_header("Authorization", "Basic " + base64.b64encode(f"api:{key}".encode()).decode())
     refused = f"W&B at {host} does not accept the key: log in again with `wandb login --relogin`, or set WANDB_API_KEY."
+    question = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
     try:
+        request = urllib.request.Request(f"{host}/graphql", question, {"Content-Type": "application/json"})
+        if key:
+            request.add_header("Authorization", "Basic " + base64.b64encode(f"api:{key}".encode()).decode())
         with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
-            known = json.loads(answer.read()).get("data", {}).get("viewer")
+            body = answer.read()
+        try:
+            known = json.loads(body)["data"]["viewer"]
+        except (ValueError, KeyError, TypeError):
+            return f"What answers at {host} is not W&B."
         return "" if known or not key else refused
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
@@ -124,8 +129,6 @@ def _ask(host: str, key: str) -> str:
             return ""  # W&B's client may know certificates that we do not
         cause = error.reason if isinstance(error.reason, Exception) else error
         return f"W&B at {host} cannot be reached ({reason(cause)})."
-    except (ValueError, AttributeError):
-        return f"What answers at {host} is not W&B."
     except Exception as error:  # whatever a bad URL or a broken connection raises
         return f"W&B at {host} cannot be reached ({reason(error)})."
 
@@ -147,6 +150,8 @@ def open_run(run_dir: Path, settings: WandbSettings, mode: Any, config: dict[str
 
     Raises whatever wandb raises if that fails.
     """
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # or it waits for a dead server when all is done
     import wandb
 
     made = run_id(run_dir)
@@ -177,6 +182,14 @@ def open_run(run_dir: Path, settings: WandbSettings, mode: Any, config: dict[str
         if part.parent.name.startswith("offline-") and not part.with_name(f"{part.name}.synced").exists():
             part.with_name(f"{part.name}.synced").touch()
     return run, max(run.starting_step - 1, 0)
+
+
+def stop_client() -> None:
+    """End W&B's client, which tries for ever to reach a server once it was told to."""
+    import wandb
+
+    with suppress(Exception):
+        wandb.teardown(exit_code=1)
 
 
 def parts(run_dir: Path, made: str) -> list[Path]:
