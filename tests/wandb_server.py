@@ -75,7 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with self.world.lock:
             if query:
-                self.answer({"data": self.graph(name, asked.get("variables") or {})})
+                known = self.graph(name, asked.get("variables") or {})
+                self.answer({"data": known} if known else {"errors": [{"message": f"{name} is not known here"}]})
             elif self.path.endswith("file_stream"):
                 self.stream(self.path.split("/")[-2], asked)
                 self.answer({"exitcode": None, "limits": {}})
