@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from vllava.training.callbacks import History
-from vllava.training.loggers import Follow, build
+from vllava.training.continued import Follow
+from vllava.training.loggers import build
 
 STEPS = 12
 

@@ -35,7 +35,8 @@ from vllava.model.precision import halve_frozen
 from vllava.model.video_llava import VideoLlava
 from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, SaveToResume, Throughput, progress_bar
-from vllava.training.loggers import Follow, log_samples
+from vllava.training.continued import Follow
+from vllava.training.loggers import log_samples
 from vllava.training.task import Task
 
 RESUME = "resume.ckpt"  # in a run's folder while it is unfinished

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from vllava.data.writing import write_json
 from vllava.errors import UserError, reason
 
 ANSWER_SECONDS = 5.0  # that a server has to say who we are
@@ -141,7 +140,9 @@ def run_id(run_dir: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):  # none yet, or cut off while it was written
         path.parent.mkdir(parents=True, exist_ok=True)
         made = secrets.token_hex(5)
-        write_json(path, {"id": made})
+        unfinished = path.with_name("run.json.part")
+        unfinished.write_text(json.dumps({"id": made}) + "\n")
+        os.replace(unfinished, path)
         return made
 
 
