@@ -38,6 +38,7 @@ from vllava.model.video_llava import VideoLlava
 from vllava.runs import Run, claim, is_first_process, occupied, place, read_run
 from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, SaveToResume, Throughput, progress_bar
+from vllava.training.continued import Follow
 from vllava.training.loggers import log_samples
 from vllava.training.task import Task
 
@@ -156,7 +157,7 @@ def train(cfg: DictConfig) -> None:
         print(f"warning: {facts['warning']}")
     metrics = history.finish(facts)
     rows = preview.rows(task.model) if preview else []
-    log_samples(trainer.logger, rows)
+    log_samples(trainer.loggers, rows)
     write_report(run_dir, run_dir.name, {}, rows, {cfg.experiment: run_dir / "loss.png"}, metrics)
     print(f"{cfg.experiment}: done in {time.time() - started:.0f} s; checkpoint, figures and report.html in {run_dir}")
 
@@ -219,10 +220,10 @@ def share_out_cores(cfg: DictConfig, task: Task) -> dict[str, Any]:
 def build_trainer(cfg: DictConfig, settings: Any, callbacks: list[L.Callback], task: Task) -> L.Trainer:
     """Lightning's Trainer as configured."""
     run_dir = Path(cfg.run_dir)
-    logger = instantiate(cfg.logger)(run_dir=run_dir, name=run_dir.name, config=settings)
+    loggers = instantiate(cfg.logger)(run_dir=run_dir, config=settings) if cfg.get("logger") else []
     return instantiate(cfg.trainer, precision=precision(cfg), **share_out_cores(cfg, task))(
-        logger=logger if logger is not None else False,
-        callbacks=[*callbacks, SaveToResume(run_dir / RESUME, cfg.save_minutes)],
+        logger=loggers,
+        callbacks=[*callbacks, Follow(run_dir / "history.jsonl"), SaveToResume(run_dir / RESUME, cfg.save_minutes)],
         enable_checkpointing=False,  # Lightning's own, which does not save by the clock in manual optimisation
         default_root_dir=run_dir,
     )
