@@ -7,17 +7,20 @@ import hashlib
 import inspect
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import hydra
 from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import get_object
+from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from vllava.checks import MISSING, NotNegative, OneOf, Seed, hints_of, require, require_all
 from vllava.errors import UserError, require_known
+from vllava.options import check_callbacks, check_override, check_trainer, refuse
 from vllava.settle import settle
 from vllava.sources import check_spelling
 
@@ -26,9 +29,23 @@ CONF = Path(__file__).parents[2] / "conf"
 TOP_LEVEL = {
     "experiment", "ablation", "seed", "chain", "runs", "run_dir", "world", "log_level", "save_minutes",
     "model", "foundations", "recipes", "tokenizer", "template", "encoder", "projector", "data", "task", "trainer",
-    "logger", "preview", "evaluation", "toy",
+    "logger", "callbacks", "preview", "evaluation", "toy",
 }
 # fmt: on
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+# Of what no signature speaks of. These decide what is read and run, so they are checked first.
+_HINTS: dict[str, Any] = {
+    "experiment": str | None,
+    "ablation": str,
+    "seed": Seed,
+    "chain": list[str] | None,
+    **dict.fromkeys(("runs", "run_dir", "world", "tokenizer", "template"), str),
+    "log_level": Annotated[str, OneOf(LOG_LEVELS)],
+    "save_minutes": NotNegative,
+    "projector": str | None,
+    **dict.fromkeys(("foundations", "recipes", "encoder", "model", "data", "task", "trainer"), dict[str, Any]),
+    **dict.fromkeys(("callbacks", "preview", "evaluation", "toy"), dict[str, Any] | None),
+}
 NAME_BYTES = 200  # of a run's folder at most; file systems take 255
 _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
@@ -57,7 +74,7 @@ def register_resolvers() -> None:
 def composed(overrides: list[str], conf: str | Path = CONF) -> DictConfig:
     """The settled and checked configuration of a command line; raises UserError for a mistake in it."""
     register_resolvers()
-    check_spelling(overrides)
+    check_command_line(overrides)
     try:
         with initialize_config_dir(str(conf), version_base="1.3"):
             cfg = hydra.compose("train", overrides, return_hydra_config=True)
@@ -76,6 +93,7 @@ def check(cfg: DictConfig) -> None:
         raise UserError(
             f"Choose what to run: python train.py +experiment=NAME, with NAME one of {_names('experiment')}."
         )
+    _check_first(cfg)
     settle(cfg)
     groups = [override.lstrip("+").split("=")[0] for override in HydraConfig.get().overrides.task]
     if [group for group in groups if group in ("experiment", "ablation")] == ["ablation", "experiment"]:
@@ -84,12 +102,58 @@ def check(cfg: DictConfig) -> None:
     written = typing.cast(dict, OmegaConf.to_container(cfg, resolve=False))
     for key in sorted(TOP_LEVEL & set(written)):
         _check_node(key, written[key])
+    _check_all_values(cfg)
     if cfg.chain:
         return  # its experiments are checked when they run
     try:
         OmegaConf.to_container(cfg.evaluation or cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"The configuration is not complete: {str(error).splitlines()[0]}.") from error
+
+
+def check_command_line(overrides: list[str]) -> None:
+    """Raises UserError for overrides for which Hydra's own message would lead astray."""
+    check_spelling(overrides)
+    for override in overrides:
+        check_override(override)
+
+
+def _check_first(cfg: DictConfig) -> None:
+    """Raises UserError for what would be in the way of finding out what is to run."""
+    written = typing.cast(dict, OmegaConf.to_container(cfg, resolve=False))
+    plain = {key: value for key, value in written.items() if "${" not in str(value) or isinstance(value, dict)}
+    require_all("", plain, _HINTS)
+    require("data.modalities", plain["data"].get("modalities", MISSING), list[str])
+    for name, value in plain["trainer"].items():
+        refuse(f"trainer.{name}", value)
+    if "ckpt_path" in written:
+        refuse("ckpt_path", written["ckpt_path"])
+
+
+def _check_all_values(cfg: DictConfig) -> None:
+    """Raises UserError for a value that what is configured cannot have; what is missing is not looked at."""
+    try:
+        values = typing.cast(dict, OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration is not complete: {str(error).splitlines()[0]}.") from error
+    require_all("", values, _HINTS)
+    if values["data"].get("remedy", "") is None:  # of a chain or an evaluation, which read other data
+        del values["data"]["remedy"]
+    for key in sorted(TOP_LEVEL & set(values) - {"recipes", "toy"}):
+        _check_values(key, values[key])
+    check_trainer(values["trainer"])
+    check_callbacks(values.get("callbacks"))
+
+
+def _check_values(where: str, node: Any) -> None:
+    """Values of a node with `_target_` must be of the types of that target's parameters; the same for what it contains."""
+    if not isinstance(node, dict):
+        return
+    if "_target_" in node:
+        target = get_object(node["_target_"])
+        require_all(where, node, {} if target is Trainer else hints_of(target))
+    for key, value in node.items():
+        _check_values(f"{where}.{key}", value)
 
 
 def _names(group: str) -> str:

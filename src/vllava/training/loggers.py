@@ -5,20 +5,23 @@ from __future__ import annotations
 import netrc
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from vllava.checks import OneOf
 from vllava.errors import UserError
 
+MODES = ("auto", "online", "offline")
 
-def wandb_logger(run_dir: Path, name: str, config: dict[str, Any], project: str, mode: str) -> Logger:
+
+def wandb_logger(run_dir: Path, name: str, config: dict[str, Any], project: str, mode: Annotated[str, OneOf(MODES)]) -> Logger:
     """Weights & Biases; `mode` auto is online if the user is logged in, else offline."""
     import wandb
 
-    if mode not in ("auto", "online", "offline"):
-        raise UserError(f"logger.mode={mode!r} is not known; there are: auto, online, offline.")
+    if mode not in MODES:
+        raise UserError(f"logger.mode={mode!r} is not known; there are: {', '.join(MODES)}.")
     if mode == "auto":
         mode = "online" if _logged_in() else "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
