@@ -107,10 +107,12 @@ def _problem(where: str, value: Any, hint: Any) -> str | None:
         base, *limits = typing.get_args(hint)
         return _problem_of_annotated(where, value, base, limits)
     if origin in (Union, types.UnionType):
-        found = {one: _problem(where, value, one) for one in typing.get_args(hint)}
+        kinds = typing.get_args(hint)
+        said = [one for one in kinds if dataclasses.is_dataclass(one)] if isinstance(value, Mapping) else []
+        found = {one: _problem(where, value, one) for one in said or kinds}  # a dataclass says more than a mapping
         if None in found.values():
             return None
-        near = [message for one, message in found.items() if type(value) is _plain(one)]
+        near = [message for one, message in found.items() if type(value) is _plain(one) and message]
         return near[0] if len(near) == 1 else _message(where, value, hint)
     if origin is Literal:
         fits = any(type(one) is type(value) and one == value for one in typing.get_args(hint))
@@ -180,7 +182,7 @@ def _plain(hint: Any) -> type | None:
         return str
     if kind in (list, tuple) or (isinstance(kind, type) and kind in (Sequence, Collection)):
         return list
-    if kind in (dict, Mapping):
+    if kind in (dict, Mapping) or dataclasses.is_dataclass(kind):
         return dict
     return None
 
@@ -192,13 +194,22 @@ def _is_plain(value: Any) -> bool:
 
 def _message(where: str, value: Any, hint: Any) -> str:
     text = f"{where} is {_what(value, hint)}, but must be {_possible(hint)}."
-    if _plain(hint) is str and type(value) in (int, float, bool) and not where.endswith("]"):
-        text += f""" Quotes make a text of it: '{where}="{_written(value)}"'"""
-    if _plain(hint) is int and isinstance(value, float) and math.isfinite(value) and value == int(value):
+    kinds = _kinds(hint)
+    if str in kinds and type(value) in (int, float, bool) and not where.endswith("]"):
+        text += f""" Quotes make a text of it: '{where}="{written(value)}"'"""
+    if int in kinds and isinstance(value, float) and math.isfinite(value) and value == int(value):
         text += f" Write {int(value)}."
-    if _plain(hint) is list and isinstance(value, str):
+    if list in kinds and isinstance(value, str):
         text += f" Write {where}=[{value}]."
     return text
+
+
+def _kinds(hint: Any) -> list[type | None]:
+    """The plain types of a type, of each part of a union; none of a choice of names."""
+    if typing.get_origin(hint) is Annotated and isinstance(typing.get_args(hint)[1], OneOf):
+        return []
+    union = typing.get_origin(hint) in (Union, types.UnionType)
+    return [kind for one in typing.get_args(hint) for kind in _kinds(one)] if union else [_plain(hint)]
 
 
 def _what(value: Any, hint: Any) -> str:
@@ -209,17 +220,20 @@ def _what(value: Any, hint: Any) -> str:
         return "a mapping"
     if isinstance(value, str):
         shown = value if len(value) <= 60 else f"{value[:57]}…"
-        return repr(shown) if _plain(hint) is str else f"the text {shown!r}"
+        return repr(shown) if _plain(hint) is str or str in _kinds(hint) else f"the text {shown!r}"
     if isinstance(value, list):
-        shown = ", ".join(map(_written, value))
-        return f"[{shown}]" if len(shown) <= 60 and not any(isinstance(v, Mapping) for v in value) else "a list"
-    return _written(value)
+        shown = written(value)
+        return shown if len(shown) <= 60 and not any(isinstance(v, Mapping) for v in value) else "a list"
+    return written(value)
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A value as a configuration writes it."""
-    named = {True: "true", False: "false"} if isinstance(value, bool) else {}
-    return "null" if value is None else named.get(value, str(value))
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"[{', '.join(map(written, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _possible(hint: Any) -> str:
@@ -233,7 +247,7 @@ def _possible(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_possible, inner)))
     if origin is Literal:
-        return f"one of {', '.join(map(_written, inner))}"
+        return f"one of {', '.join(map(written, inner))}"
     if dataclasses.is_dataclass(hint):
         return f"a mapping with {', '.join(field.name for field in dataclasses.fields(hint))}"
     kind = _plain(hint)

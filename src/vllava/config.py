@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vllava.checks import MISSING, NotNegative, OneOf, Seed, hints_of, require, require_all
+from vllava.data.build import Modality
 from vllava.errors import UserError, require_known
 from vllava.options import check_callbacks, check_override, check_trainer, refuse
 from vllava.settle import settle
@@ -43,7 +45,8 @@ _HINTS: dict[str, Any] = {
     "log_level": Annotated[str, OneOf(LOG_LEVELS)],
     "save_minutes": NotNegative,
     "projector": str | None,
-    **dict.fromkeys(("foundations", "recipes", "encoder", "model", "data", "task", "trainer"), dict[str, Any]),
+    "foundations": dict[str, str],
+    **dict.fromkeys(("recipes", "encoder", "model", "data", "task", "trainer"), dict[str, Any]),
     **dict.fromkeys(("callbacks", "preview", "evaluation", "toy"), dict[str, Any] | None),
 }
 NAME_BYTES = 200  # of a run's folder at most; file systems take 255
@@ -116,6 +119,15 @@ def check_command_line(overrides: list[str]) -> None:
     check_spelling(overrides)
     for override in overrides:
         check_override(override)
+        _check_choice(override)
+
+
+def _check_choice(override: str) -> None:
+    """Raises UserError for a group of which a number or the like is chosen: Hydra ends at it with a traceback."""
+    group, _, value = override.lstrip("+~").partition("=")
+    if (CONF / group).is_dir() and re.fullmatch(r"-?\d+(\.\d*)?|null|true|false|\{.*", value.lower()):
+        names = _names(group) or f"{group}/{f', {group}/'.join(sorted(path.name for path in (CONF / group).iterdir()))}"
+        raise UserError(f"{override}: {group} is chosen by a name; there are: {names}.")
 
 
 def _check_first(cfg: DictConfig) -> None:
@@ -123,7 +135,9 @@ def _check_first(cfg: DictConfig) -> None:
     written = typing.cast(dict, OmegaConf.to_container(cfg, resolve=False))
     plain = {key: value for key, value in written.items() if "${" not in str(value) or isinstance(value, dict)}
     require_all("", plain, _HINTS)
-    require("data.modalities", plain["data"].get("modalities", MISSING), list[str])
+    require("data.modalities", plain["data"].get("modalities", MISSING), list[Modality])
+    if plain["data"].get("modalities") == []:
+        raise UserError("data.modalities is [], which leaves nothing to train on: name some of image, video, text.")
     for name, value in plain["trainer"].items():
         refuse(f"trainer.{name}", value)
     if "ckpt_path" in written:
@@ -151,9 +165,19 @@ def _check_values(where: str, node: Any) -> None:
         return
     if "_target_" in node:
         target = get_object(node["_target_"])
+        if not node.get("_partial_"):
+            _require_given(where, node, target)
         require_all(where, node, {} if target is Trainer else hints_of(target))
     for key, value in node.items():
         _check_values(f"{where}.{key}", value)
+
+
+def _require_given(where: str, node: dict, target: Any) -> None:
+    """Raises UserError where a parameter without a default is not given."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [name for name, p in _parameters(target).items() if p.kind in kinds and p.default is p.empty]
+    if absent := [name for name in needed if name not in node and "_args_" not in node]:
+        raise UserError(f"{where}.{absent[0]} is missing: {node['_target_']} needs it.")
 
 
 def _names(group: str) -> str:

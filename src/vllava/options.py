@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import callbacks as lightning_callbacks
@@ -18,7 +19,7 @@ from lightning.pytorch.callbacks import ModelSummary, ProgressBar, Timer
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import FSDPStrategy
 
-from vllava.checks import Count, OneOf, Range, Whole, require_all
+from vllava.checks import Count, OneOf, Range, Whole, require_all, written
 from vllava.errors import UserError, reason
 
 PROCESSES_OF_A_CORE = 4  # at most: more would wait for one another, each with a copy of the model
@@ -41,6 +42,12 @@ HINTS: dict[str, Any] = {
     "reload_dataloaders_every_n_epochs": Whole,
     "profiler": Annotated[str, OneOf(PROFILERS)] | dict[str, Any] | None,
     "limit_train_batches": Count | Annotated[float, Range(0, 1, above=True)] | None,
+    "detect_anomaly": bool,
+    "deterministic": bool | Literal["warn"] | None,
+    "benchmark": bool | None,
+    "enable_progress_bar": bool | None,
+    "enable_model_summary": bool | None,
+    "plugins": dict[str, Any] | list[dict[str, Any]] | None,
     "overfit_batches": Whole | Annotated[float, Range(0, 1)],
 }
 
@@ -159,19 +166,19 @@ def _check_devices(trainer: Mapping[str, Any]) -> None:
         raise UserError("trainer.accelerator is mps, but there is none here that PyTorch can use.")
     on_gpus = gpus > 0 and accelerator != "cpu"
     most = gpus if on_gpus else 1 if mps and accelerator != "cpu" else PROCESSES_OF_A_CORE * (os.cpu_count() or 1)
-    here = f"this machine has {gpus} GPU{'s' * (gpus > 1)}" if on_gpus else f"there is no GPU, and CPU processes for {most}"
-    form = "a whole number from 1, auto" + (", -1 for all, or a list such as [0, 1]" if on_gpus else "")
+    here = f"this machine has {gpus} GPU{'s' * (gpus > 1)}" if on_gpus else f"without a GPU, {most} processes at most"
+    form = "auto or a whole number from 1" + (", -1 for all, or a list such as [0, 1]" if on_gpus else "")
     named = _numbers(devices)
     if devices == "auto" or (on_gpus and devices in (-1, "-1")):
         return
     if named is None:
-        raise UserError(f"trainer.devices is {devices!r}, but must be {form}.")
+        raise UserError(f"trainer.devices is {written(devices)}, but must be {form}.")
     if isinstance(named, int) and not 1 <= named <= most:
         raise UserError(f"trainer.devices is {named}, but must be {form}: {here}.")
     if isinstance(named, list) and not on_gpus:
-        raise UserError(f"trainer.devices is {devices!r}, which names GPUs, but must be {form}: {here}.")
+        raise UserError(f"trainer.devices is {written(devices)}, which names GPUs, but must be {form}: {here}.")
     if isinstance(named, list) and (not set(named) <= set(range(gpus)) or len(set(named)) != len(named) or not named):
-        raise UserError(f"trainer.devices is {devices!r}, but must name GPUs once each: {here}, counted from 0.")
+        raise UserError(f"trainer.devices is {written(devices)}, but must name GPUs once each: {here}, counted from 0.")
 
 
 def _check_nodes(nodes: int) -> None:
@@ -206,7 +213,7 @@ def _check_strategy(trainer: Mapping[str, Any]) -> None:
     if strategy not in STRATEGIES:
         near = "fsdp" if "fsdp" in str(strategy) else "zero2" if "deepspeed" in str(strategy) else None
         hint = f"trainer={near}" if near else "trainer=single, ddp, fsdp, zero2 or zero2_offload"
-        raise UserError(f"trainer.strategy is {strategy!r}, but must be {' or '.join(STRATEGIES)}; choose {hint}.")
+        raise UserError(f"trainer.strategy is {written(strategy)}, but must be {' or '.join(STRATEGIES)}; choose {hint}.")
 
 
 def _check_precision(trainer: Mapping[str, Any]) -> None:
@@ -216,7 +223,7 @@ def _check_precision(trainer: Mapping[str, Any]) -> None:
         why = ""
         if str(precision) in ("16-true", "bf16-true", "64-true", "64"):
             why = " Weights that are trained stay in float32; bf16-mixed keeps frozen ones in bfloat16."
-        raise UserError(f"trainer.precision is {precision!r}, but must be one of {', '.join(PRECISIONS)}.{why}")
+        raise UserError(f"trainer.precision is {written(precision)}, but must be one of {', '.join(PRECISIONS)}.{why}")
     strategy = trainer.get("strategy")
     if meant == "16-mixed" and (trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()):
         raise UserError("trainer.precision is 16-mixed, which needs a GPU: bf16-mixed or 32-true run on CPUs.")
@@ -231,7 +238,7 @@ def check_callbacks(named: Mapping[str, Any] | None) -> None:
             continue
         if not isinstance(node, Mapping) or "_target_" not in node:
             raise UserError(f"callbacks.{name} names no class: +callbacks.{name}._target_=CLASS")
-        target = get_object(node["_target_"])
+        target = get_object(node["_target_"])  # which is known to be there
         if not isinstance(target, type):  # a function that makes one
             continue
         if not issubclass(target, L.Callback):
@@ -280,12 +287,18 @@ def profiler(asked: str | Mapping[str, Any], run_dir: Path) -> Profiler:
 
 
 @contextmanager
-def in_words() -> Iterator[None]:
-    """What Lightning refuses becomes a UserError."""
+def in_words(*more: type[Exception]) -> Iterator[None]:
+    """What Lightning, or Hydra with its classes, refuses becomes a UserError; exceptions of the types `more`, too."""
     try:
         yield
-    except MisconfigurationException as error:
-        raise UserError(f"Lightning refuses this combination of options: {reason(error)}") from error
+    except (MisconfigurationException, InstantiationException, *more) as error:
+        cause: BaseException = error
+        while not isinstance(cause, UserError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise
+        where = f" ({error.full_key})" if isinstance(error, InstantiationException) and hasattr(error, "full_key") else ""
+        raise UserError(f"These options of trainer and callbacks do not go together{where}: {reason(cause)}") from error
 
 
 def cut_short(task: Any) -> dict[str, Any]:

@@ -205,9 +205,10 @@ def build_trainer(cfg: DictConfig, settings: Any, callbacks: list[L.Callback], t
     """Lightning's Trainer as configured."""
     run_dir = Path(cfg.run_dir)
     logger = instantiate(cfg.logger)(run_dir=run_dir, name=run_dir.name, config=settings)
-    extras = extra_callbacks(settings["callbacks"])
-    changed = {**share_out_cores(cfg, task), **implied(settings["trainer"], extras, run_dir)}
     with in_words():
+        extras = extra_callbacks(settings["callbacks"])
+    changed = {**share_out_cores(cfg, task), **implied(settings["trainer"], extras, run_dir)}
+    with in_words(TypeError, ValueError):
         return instantiate(cfg.trainer, precision=precision(cfg), **changed)(
             logger=logger if logger is not None else False,
             callbacks=[

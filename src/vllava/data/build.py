@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from vllava.batch import MediumSpec
-from vllava.checks import Count, OneOf, Seed
+from vllava.checks import Count, NotNegative, OneOf, Seed
 from vllava.conversation import TEMPLATES, ends_of_turn
 from vllava.conversation import template as find_template
 from vllava.data.address import is_remote, shown
@@ -21,6 +21,8 @@ from vllava.errors import UserError
 Specs = dict[str, MediumSpec]
 MODALITIES = ("image", "video", "text")
 FEATURES = ("online", "cache")
+Modality = Annotated[str, OneOf(MODALITIES)]
+Times = NotNegative | dict[str, NotNegative]
 Template = Annotated[str, OneOf(TEMPLATES)]
 Fit = Annotated[str, OneOf(FITS)]
 DecoderName = Annotated[str, OneOf(("auto", *DECODERS))]
@@ -63,7 +65,7 @@ def conversation_data(
     specs: Specs,
     tokenizer: Any,
     sources: dict[str, list[str]],
-    modalities: list[str],
+    modalities: list[Modality],
     global_batch: Count,
     seed: Seed,
     template: Template = "vicuna_v1",
@@ -78,7 +80,7 @@ def conversation_data(
     num_frames: Count | None = None,
     features: Annotated[str, OneOf(FEATURES)] = "online",
     frame_sampling: Sampling = "index",
-    mixture: dict[str, Any] | None = None,
+    mixture: dict[str, Times] | None = None,
     cache: Remote | dict[str, Any] | None = None,
 ) -> DataModule:
     """Conversations in packed micro-batches, for the stages and for training a language model.
@@ -120,7 +122,7 @@ def caption_data(
     specs: Specs,
     tokenizer: Any,
     sources: dict[str, list[str]],
-    modalities: list[str],
+    modalities: list[Modality],
     global_batch: Count,
     seed: Seed,
     max_length: Count = 77,
