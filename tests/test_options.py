@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from contextlib import suppress
 
 import lightning as L
 import pytest
@@ -21,7 +22,11 @@ from vllava.training.task import Recipe
 
 SAMPLES, BATCH = 14, 4  # four steps, the last of two samples
 AUTO = {k: v for k, v in OmegaConf.load(ROOT / "conf" / "trainer" / "auto.yaml").items() if not k.startswith("_")}
-ALWAYS = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+ALWAYS = {
+    "accelerator": "cpu",
+    **dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False),
+    "use_distributed_sampler": False,
+}
 
 
 class Rates(L.Callback):
@@ -34,17 +39,13 @@ class Rates(L.Callback):
         self.of.append(float(trainer.callback_metrics["lr"]))
 
 
-class Interrupted(Exception):
-    """Stands for whatever ends a process."""
-
-
 class Dies(L.Callback):
     def __init__(self, step):
         self.step = step
 
     def on_train_batch_end(self, trainer, task, *_):
         if trainer.global_step == self.step:
-            raise Interrupted
+            raise InterruptedError  # stands for whatever ends a process
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +66,9 @@ def fit(folder, make_llm, tokenizer):
         seen, decode = [], data.decode
         data.decode = lambda key, members: (seen.append(key), decode(key, members))[1]
         task, rates = Stage(VideoLlava(make_llm()), ["llm"], Recipe(lr=1e-2, warmup_ratio=0.0)), Rates()
-        settings = {"max_epochs": 1, "enable_progress_bar": False, "use_distributed_sampler": False, **ALWAYS, **options}
-        trainer = L.Trainer(callbacks=[rates, *callbacks], **settings)
-        try:
+        trainer = L.Trainer(callbacks=[rates, *callbacks], **{**ALWAYS, "max_epochs": 1, **options})
+        with suppress(InterruptedError):
             trainer.fit(task, data, ckpt_path=ckpt_path)
-        except Interrupted:
-            pass
         return task, seen, rates.of
 
     return run
@@ -94,13 +92,13 @@ def test_limited_epochs_are_the_planned_ones_and_each_begins_anew(fit):
 
 
 def test_a_share_of_an_epoch_is_so_many_of_its_steps(fit):
-    task, seen, rates = fit(limit_train_batches=0.5)
+    task, _, rates = fit(limit_train_batches=0.5)
     assert task.global_step == 2 and task.samples_seen == 8
     assert rates == pytest.approx(cosine(2))
 
 
 def test_a_limit_beyond_the_epoch_is_none(fit):
-    task, seen, rates = fit(limit_train_batches=100)
+    task, seen, _ = fit(limit_train_batches=100)
     assert task.global_step == 4 and task.samples_seen == SAMPLES and len(set(seen)) == SAMPLES
 
 
@@ -119,9 +117,9 @@ def test_overfitting_shows_the_same_samples_in_every_epoch(fit):
 @pytest.mark.parametrize("options", [{"limit_train_batches": 3}, {"overfit_batches": 2}], ids=str)
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_an_interrupted_run_with_a_limit_ends_as_an_undisturbed_one(fit, tmp_path, options, after):
-    whole, seen, rates = fit(max_epochs=2, **options)
+    whole, _, rates = fit(max_epochs=2, **options)
     save = SaveToResume(tmp_path / "resume.ckpt", 0)
-    _, before, _ = fit([save, Dies(after)], max_epochs=2, **options)
+    fit([save, Dies(after)], max_epochs=2, **options)
     resumed, _, later = fit([], str(tmp_path / "resume.ckpt"), max_epochs=2, **options)
     assert later == pytest.approx(rates[after:])
     assert resumed.samples_seen == whole.samples_seen
@@ -130,7 +128,7 @@ def test_an_interrupted_run_with_a_limit_ends_as_an_undisturbed_one(fit, tmp_pat
 
 @pytest.mark.parametrize(("asked", "steps"), [(True, 1), (3, 3)])
 def test_a_fast_run_is_so_many_steps_with_a_schedule_of_its_own(fit, asked, steps):
-    task, seen, rates = fit(max_epochs=5, fast_dev_run=asked)
+    task, _, rates = fit(max_epochs=5, fast_dev_run=asked)
     assert task.global_step == steps and rates == pytest.approx(cosine(steps))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -78,23 +79,7 @@ def require_all(where: str, values: Mapping[str, Any], hints: Mapping[str, Any])
 
 def hints_of(target: Any) -> dict[str, Any]:
     """The types of a callable's parameters, with what is annotated."""
-    return typing.get_type_hints(target.__init__ if isinstance(target, type) else target, include_extras=True)
-
-
-def number(hint: Any) -> Callable[[str], Any]:
-    """A `type` for argparse: the number that an argument says; an error in words where it is not of the hint."""
-    whole = typing.get_args(hint)[0] is int
-
-    def read(text: str) -> Any:
-        try:
-            value: Any = int(text) if whole else float(text)
-        except ValueError:
-            value = text
-        if _problem("", value, hint):
-            raise UserError(f"{text!r} is not {_possible(hint)}")
-        return value
-
-    return read
+    return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
 
 
 def _problem(where: str, value: Any, hint: Any) -> str | None:
@@ -104,8 +89,7 @@ def _problem(where: str, value: Any, hint: Any) -> str | None:
     if hint is Any or isinstance(hint, (str, typing.TypeVar)) or (isinstance(value, str) and value == MISSING):
         return None
     if origin is Annotated:
-        base, *limits = typing.get_args(hint)
-        return _problem_of_annotated(where, value, base, limits)
+        return _problem_of_annotated(where, value, hint)
     if origin in (Union, types.UnionType):
         kinds = typing.get_args(hint)
         said = [one for one in kinds if dataclasses.is_dataclass(one)] if isinstance(value, Mapping) else []
@@ -124,13 +108,13 @@ def _problem(where: str, value: Any, hint: Any) -> str | None:
         return _message(where, value, hint) if _is_plain(value) else None
     if type(value) is not plain and not (plain is float and type(value) is int):
         return _message(where, value, hint)
-    if plain is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return _message(where, value, hint)
     return _problem_inside(where, value, hint)
 
 
-def _problem_of_annotated(where: str, value: Any, base: Any, limits: list) -> str | None:
-    hint = Annotated[base, *limits]  # type: ignore[valid-type]
+def _problem_of_annotated(where: str, value: Any, hint: Any) -> str | None:
+    base, *limits = typing.get_args(hint)
     if _problem(where, value, base):
         return _message(where, value, hint)
     for limit in limits:
@@ -149,7 +133,7 @@ def _problem_of_dataclass(where: str, value: Any, hint: Any) -> str | None:
     for field in dataclasses.fields(hint):
         bare = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if bare and field.name not in value:
-            return f"{where}.{field.name} is missing: {_possible(hints[field.name])}."
+            return f"{where}.{field.name} is missing: {possible(hints[field.name])}."
     problems = (_problem(f"{where}.{key}", one, hints[key]) for key, one in value.items() if key in hints)
     return next((problem for problem in problems if problem), None)
 
@@ -193,7 +177,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _message(where: str, value: Any, hint: Any) -> str:
-    text = f"{where} is {_what(value, hint)}, but must be {_possible(hint)}."
+    text = f"{where} is {_what(value, hint)}, but must be {possible(hint)}."
     kinds = _kinds(hint)
     if str in kinds and type(value) in (int, float, bool) and not where.endswith("]"):
         text += f""" Quotes make a text of it: '{where}="{written(value)}"'"""
@@ -236,25 +220,25 @@ def written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _possible(hint: Any) -> str:
+def possible(hint: Any) -> str:
     """What values a type has, in words."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         base, *limits = inner
         if isinstance(limits[0], OneOf):
             return str(limits[0])
-        return _possible(base) + "".join(map(str, limits))
+        return possible(base) + "".join(map(str, limits))
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(_possible, inner)))
+        return " or ".join(dict.fromkeys(map(possible, inner)))
     if origin is Literal:
         return f"one of {', '.join(map(written, inner))}"
     if dataclasses.is_dataclass(hint):
         return f"a mapping with {', '.join(field.name for field in dataclasses.fields(hint))}"
     kind = _plain(hint)
     if kind is list and inner and origin is tuple and Ellipsis not in inner:
-        parts = list(dict.fromkeys(map(_possible, inner)))
+        parts = list(dict.fromkeys(map(possible, inner)))
         return f"a list of {len(inner)}: each {parts[0]}" if len(parts) == 1 else f"a list of {' and '.join(parts)}"
     if kind is list and inner and inner[0] is not Any:
-        return f"a list, each of it {_possible(inner[0])}"
+        return f"a list, each of it {possible(inner[0])}"
     named: dict[Any, str] = {type(None): "null", bool: "true or false", str: "a text", None: "a node with a _target_"}
     return {**named, **_NUMBERS, **_CONTAINERS}[kind]

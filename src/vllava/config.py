@@ -160,7 +160,7 @@ def _check_all_values(cfg: DictConfig) -> None:
 
 
 def _check_values(where: str, node: Any) -> None:
-    """Values of a node with `_target_` must be of the types of that target's parameters; the same for what it contains."""
+    """Values of a node with `_target_` must be of the types of its parameters; the same for what it contains."""
     if not isinstance(node, dict):
         return
     if "_target_" in node:

@@ -74,7 +74,7 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "inference_mode": ((True,), _VALIDATION),
     "use_distributed_sampler": ((False,), "the data module shares samples out among ranks itself"),
     "sync_batchnorm": ((False,), "no model here has batch normalisation"),
-    "barebones": ((False,), "a run keeps its history; logger=none trainer.enable_progress_bar=false leave out the rest"),
+    "barebones": ((False,), "a run keeps its history; logger=none and enable_progress_bar=false leave out the rest"),
     "enable_autolog_hparams": ((True,), "a run's configuration is logged as a whole"),
     "model_registry": ((None,), "the trained weights are in the run's folder, in checkpoint/"),
     "gpus": ((), "trainer.devices says how many devices, trainer.accelerator which"),
@@ -213,7 +213,8 @@ def _check_strategy(trainer: Mapping[str, Any]) -> None:
     if strategy not in STRATEGIES:
         near = "fsdp" if "fsdp" in str(strategy) else "zero2" if "deepspeed" in str(strategy) else None
         hint = f"trainer={near}" if near else "trainer=single, ddp, fsdp, zero2 or zero2_offload"
-        raise UserError(f"trainer.strategy is {written(strategy)}, but must be {' or '.join(STRATEGIES)}; choose {hint}.")
+        names = " or ".join(STRATEGIES)
+        raise UserError(f"trainer.strategy is {written(strategy)}, but must be {names}; choose {hint}.")
 
 
 def _check_precision(trainer: Mapping[str, Any]) -> None:
@@ -261,7 +262,8 @@ def extra_callbacks(named: Mapping[str, Any] | None) -> list[L.Callback]:
 def with_extras(ours: list[L.Callback], extras: list[L.Callback], bar: bool | None) -> list[L.Callback]:
     """A run's own callbacks and those that are added: a progress bar that is added stands in for ours."""
     replaced = bar is False or any(isinstance(extra, ProgressBar) for extra in extras)
-    return [*(one for one in ours if not (replaced and isinstance(one, ProgressBar))), *extras]
+    kept = [one for one in ours if not (replaced and isinstance(one, ProgressBar))]
+    return [*kept, *extras, *([KnownMonitors()] if extras else [])]
 
 
 def implied(trainer: Mapping[str, Any], extras: list[L.Callback], run_dir: Path) -> dict[str, Any]:
@@ -289,16 +291,39 @@ def profiler(asked: str | Mapping[str, Any], run_dir: Path) -> Profiler:
 @contextmanager
 def in_words(*more: type[Exception]) -> Iterator[None]:
     """What Lightning, or Hydra with its classes, refuses becomes a UserError; exceptions of the types `more`, too."""
+    kinds: tuple[type[Exception], ...] = (MisconfigurationException, InstantiationException, *more)
     try:
         yield
-    except (MisconfigurationException, InstantiationException, *more) as error:
+    except kinds as error:
         cause: BaseException = error
         while not isinstance(cause, UserError) and cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, UserError):
             raise
-        where = f" ({error.full_key})" if isinstance(error, InstantiationException) and hasattr(error, "full_key") else ""
-        raise UserError(f"These options of trainer and callbacks do not go together{where}: {reason(cause)}") from error
+        raise UserError(f"Options of trainer or callbacks do not go together: {reason(cause)}") from error
+
+
+class KnownMonitors(L.Callback):
+    """Stops a run in its first step where a callback waits for a figure that there is none of.
+
+    Lightning would do so at the end of the first epoch. Figures of validation are not looked for: they come later.
+    """
+
+    def __init__(self) -> None:
+        self.looked = False
+
+    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
+        if self.looked:
+            return
+        self.looked = True
+        measured = sorted(trainer.callback_metrics)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            waits_for = getattr(callback, "monitor", None)
+            if isinstance(waits_for, str) and waits_for not in measured and not waits_for.startswith("val"):
+                raise UserError(
+                    f"{type(callback).__name__} waits for {waits_for!r}, which a run does not measure. There are: "
+                    f"{', '.join(measured)}."
+                )
 
 
 def cut_short(task: Any) -> dict[str, Any]:

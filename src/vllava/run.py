@@ -80,6 +80,10 @@ def quiet(level: str) -> None:
         logging.getLogger(name).setLevel(level)
     transformers.utils.logging.set_verbosity(getattr(logging, level))
     transformers.utils.logging.disable_progress_bar()
+    if rank_zero_only.rank:  # what concerns all processes is said by the first, and is in each one's log
+        for handler in logging.getLogger().handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")  # advice about checkpoints and modes chosen on purpose
 
 

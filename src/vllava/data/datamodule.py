@@ -224,7 +224,7 @@ class DataModule(L.LightningDataModule):
     def _position(self, trainer: L.Trainer) -> tuple[int, int]:
         """The epoch and the batch in it that come next; with overfit_batches every epoch is the first one again."""
         epoch, batch = divmod(trainer.global_step, self.steps_per_epoch)
-        return (0 if trainer.overfit_batches else epoch, batch)
+        return (0 if getattr(trainer, "overfit_batches", 0) else epoch, batch)
 
 
 def _start_worker(_: int) -> None:

@@ -181,7 +181,11 @@ class TextSettings(_Tower):
 
 
 def languagebind(
-    vision: VisionSettings, text: TextSettings, projection_dim: Count, tokenizer_path: str, start_from: str | None = None
+    vision: VisionSettings,
+    text: TextSettings,
+    projection_dim: Count,
+    tokenizer_path: str,
+    start_from: str | None = None,
 ) -> LanguageBind:
     """A fresh LanguageBind, or one that starts from the checkpoint folder `start_from`.
 

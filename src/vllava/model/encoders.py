@@ -60,7 +60,12 @@ class ClipEncoder(Encoder):
     """
 
     def __init__(
-        self, path: str, medium: Annotated[str, OneOf(MEDIA_KINDS)], feature_layer: int = -2, frames: Annotated[int, Range(1, MOST_FRAMES)] | None = None, temporal: bool = True
+        self,
+        path: str,
+        medium: Annotated[str, OneOf(MEDIA_KINDS)],
+        feature_layer: int = -2,
+        frames: Annotated[int, Range(1, MOST_FRAMES)] | None = None,
+        temporal: bool = True,
     ) -> None:
         checkpoint = Checkpoint(path)
         super().__init__(checkpoint)

@@ -16,7 +16,9 @@ from vllava.errors import UserError
 MODES = ("auto", "online", "offline")
 
 
-def wandb_logger(run_dir: Path, name: str, config: dict[str, Any], project: str, mode: Annotated[str, OneOf(MODES)]) -> Logger:
+def wandb_logger(
+    run_dir: Path, name: str, config: dict[str, Any], project: str, mode: Annotated[str, OneOf(MODES)]
+) -> Logger:
     """Weights & Biases; `mode` auto is online if the user is logged in, else offline."""
     import wandb
 
