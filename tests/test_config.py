@@ -7,6 +7,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -166,7 +168,7 @@ WRONG = {  # key -> what it cannot be; experiment=stage1 where no other is named
     "data.shuffle_window": [0, -1],
     "data.max_length": [0, "long"],
     "data.token_budget": [-1, 1e4],
-    "data.num_frames": [0, 8.5, -8, 5000],
+    "data.num_frames": [0, 8.5, -8],
     "data.template": ["vicuna", None, 5],
     "data.image_fit": ["stretch"],
     "data.decoder": ["ffmpeg"],
@@ -254,13 +256,20 @@ RIGHT = {  # what looks odd, and is possible
 }
 
 
+@cache
+def composed_once(experiment):
+    """A configuration and Hydra's own, to be copied: composing takes longer than checking."""
+    return composed(f"+experiment={experiment}", "trainer.accelerator=cpu"), HydraConfig.instance().cfg
+
+
 @pytest.fixture
 def changed():
     """The configuration of an experiment with one value changed, checked."""
 
     def change(key, value):
         experiment, _, key = key.rpartition(": ")
-        cfg = composed(f"+experiment={experiment or 'stage1'}", "trainer.accelerator=cpu")
+        whole, HydraConfig.instance().cfg = composed_once(experiment or "stage1")
+        cfg = deepcopy(whole)
         with open_dict(cfg):
             OmegaConf.update(cfg, key, value, merge=isinstance(value, dict))
         check(cfg)
@@ -273,9 +282,7 @@ def test_a_value_that_cannot_be_is_an_error_that_names_its_key(changed, key):
     for value in WRONG[key]:
         with pytest.raises(UserError) as error:
             changed(key, value)
-        named = key.rpartition(": ")[2]
-        alike = {"seed": "seed", "encoder.video.frames": "frames"}.get(named, named)
-        assert alike in str(error.value) and "\n" not in str(error.value)
+        assert key.rpartition(": ")[2] in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("key", RIGHT)
@@ -369,7 +376,7 @@ def test_who_names_data_of_his_own_is_not_sent_to_the_toy_world(name):
 
 
 def test_what_is_settled_is_said_by_the_first_process_alone(monkeypatch, caplog):
-    same = ["+experiment=stage1", "data.sources.image=[a]", "data.held_out.image=[a]"]
+    same = ["+experiment=full", "data.sources.image=[a]", "data.held_out.image=[a]"]
     check(composed(*same))
     assert "evaluated on and trained on" in caplog.text
     caplog.clear()
@@ -473,10 +480,9 @@ def test_a_missing_checkpoint_to_evaluate_is_an_error_that_names_it(train, tmp_p
 
 
 @pytest.mark.parametrize("wrong", ["data.global_batch=0", "trainer.precision=fp8", "+trainer.val_check_interval=2"])
-def test_values_are_checked_before_data_or_weights_are_read(train, tmp_path, wrong):
+def test_values_are_checked_before_data_or_weights_are_read(train, wrong):
     result = train("+experiment=stage1", "world=/nowhere", "foundations.llm=/nowhere", wrong)
     assert_one_paragraph(result, wrong.split("=")[0].lstrip("+"))
-    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("config.yaml"))
 
 
 def test_an_ablation_before_the_experiment_is_an_error_that_says_the_order(train):

@@ -153,10 +153,10 @@ def _check_all_values(cfg: DictConfig) -> None:
     require_all("", values, _HINTS)
     if values["data"].get("remedy", "") is None:  # of a chain or an evaluation, which read other data
         del values["data"]["remedy"]
+    check_callbacks(values.get("callbacks"))
     for key in sorted(TOP_LEVEL & set(values) - {"recipes", "toy"}):
         _check_values(key, values[key])
     check_trainer(values["trainer"])
-    check_callbacks(values.get("callbacks"))
 
 
 def _check_values(where: str, node: Any) -> None:
