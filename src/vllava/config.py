@@ -19,7 +19,7 @@ from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from vllava.checks import MISSING, NotNegative, OneOf, Seed, hints_of, require, require_all
+from vllava.checks import MISSING, Count, NotNegative, OneOf, Seed, Whole, hints_of, require, require_all
 from vllava.data.build import Modality
 from vllava.errors import UserError, require_known
 from vllava.options import check_callbacks, check_override, check_trainer, refuse
@@ -43,11 +43,18 @@ _HINTS: dict[str, Any] = {
     "chain": list[str] | None,
     **dict.fromkeys(("runs", "run_dir", "world", "tokenizer", "template"), str),
     "log_level": Annotated[str, OneOf(LOG_LEVELS)],
-    "save_minutes": NotNegative,
+    **dict.fromkeys(("save_minutes", "stop_seconds"), NotNegative),
     "projector": str | None,
     "foundations": dict[str, str],
     **dict.fromkeys(("recipes", "encoder", "model", "data", "task", "trainer"), dict[str, Any]),
-    **dict.fromkeys(("callbacks", "preview", "evaluation", "toy"), dict[str, Any] | None),
+    **dict.fromkeys(("callbacks", "checkpoint", "validation", "preview", "evaluation", "toy"), dict[str, Any] | None),
+}
+_HINTS_IN: dict[str, dict[str, Any]] = {  # of nodes that no function takes as they are
+    "validation": {
+        **{"every_steps": Count | None, "samples": Count, "answers": bool, "early_stop": str | None},
+        "patience": Count,
+    },
+    "checkpoint": {"every_steps": Count | None, "keep_last": Whole, "keep_best": str | None},
 }
 NAME_BYTES = 200  # of a run's folder at most; file systems take 255
 _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
@@ -153,6 +160,8 @@ def _check_all_values(cfg: DictConfig) -> None:
     require_all("", values, _HINTS)
     if values["data"].get("remedy", "") is None:  # of a chain or an evaluation, which read other data
         del values["data"]["remedy"]
+    for key, hints in _HINTS_IN.items():
+        require_all(key, values.get(key) or {}, hints)
     check_callbacks(values.get("callbacks"))
     for key in sorted(TOP_LEVEL & set(values) - {"recipes", "toy"}):
         _check_values(key, values[key])

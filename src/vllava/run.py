@@ -80,7 +80,7 @@ def quiet(level: str) -> None:
         logging.getLogger(name).setLevel(level)
     transformers.utils.logging.set_verbosity(getattr(logging, level))
     transformers.utils.logging.disable_progress_bar()
-    if rank_zero_only.rank:  # what concerns all processes is said by the first, and is in each one's log
+    if getattr(rank_zero_only, "rank", 0):  # what concerns all processes is said by the first, and is in each one's log
         for handler in logging.getLogger().handlers:
             if type(handler) is logging.StreamHandler:
                 handler.setLevel(logging.ERROR)
