@@ -6,10 +6,9 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
-from vllava.config import register_resolvers, with_paths_quoted
+from vllava.config import check_command_line, register_resolvers, with_paths_quoted
 from vllava.errors import stopping_at_mistakes
 from vllava.run import run
-from vllava.sources import check_spelling
 
 register_resolvers()
 
@@ -23,5 +22,5 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     with stopping_at_mistakes():
         sys.argv[1:] = with_paths_quoted(sys.argv[1:])
-        check_spelling(sys.argv[1:])
+        check_command_line(sys.argv[1:])
     main()

@@ -6,7 +6,6 @@ webdataset and Energon. What the members must be called to be trained on: README
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -17,6 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vllava.checks import Count
+from vllava.commands import Parser, number
 from vllava.data.index import index_path
 from vllava.data.shards import MANIFEST
 from vllava.data.writing import index_shard, write_manifest
@@ -55,10 +56,14 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.index", description=__doc__.splitlines()[0])
+    parser = Parser(
+        "python -m data_prep.index", "Write the index of shards that have none, and a manifest.", "data/mine"
+    )
     parser.add_argument("folders", nargs="+", type=Path, metavar="folder", help="of shards, NAME.tar")
     parser.add_argument("--again", action="store_true", help="also where there is an index already")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument(
+        "--processes", type=number(Count), default=os.cpu_count(), metavar="N", help="at a time (default: all cores)"
+    )
     options = parser.parse_args(arguments)
     try:
         for folder in options.folders:

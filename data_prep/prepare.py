@@ -26,6 +26,8 @@ from data_prep.media import CHECKS, VIDEOS, MediaSettings
 from data_prep.progress import Progress, rows_about
 from data_prep.summary import Ids, Tally
 from data_prep.workplace import MADE_BY, REJECTS, close, described, fingerprints, known_settings, parts, workplace
+from vllava.checks import Count, ShareBelowOne
+from vllava.commands import Parser, number
 from vllava.data.shards import read_manifest
 from vllava.data.writing import appearing, write_manifest
 from vllava.errors import UserError
@@ -212,27 +214,39 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.prepare", description="Annotations and media files to shards."
+    parser = Parser(
+        "python -m data_prep.prepare",
+        "Annotations and media files to shards.",
+        "mine root=/data/mine --out data/mine --dry-run",
     )
     parser.add_argument("dataset", help="the name of a file in conf/prepare, or the path of one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="what to change in it: root=/data/llava")
-    parser.add_argument("--out", type=Path, help="folder of the shards")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the shards")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written and rejected, and why")
-    parser.add_argument("--processes", type=int, help="that work at a time (default: one for each core)")
+    parser.add_argument(
+        "--processes", type=number(Count), metavar="N", help="that work at a time (default: one for each core)"
+    )
     parser.add_argument("--executor", choices=("local", "ray"), default="local", help="who works (default: local)")
     parser.add_argument("--address", help="of a Ray cluster (default: Ray is started on this machine)")
     parser.add_argument("--video", choices=VIDEOS, default="files", help="videos as they are, or their frames as JPEG")
     parser.add_argument("--frames", default="8", help="8, or fps:1: how many of a video (default: %(default)s)")
-    parser.add_argument("--short-side", type=int, default=256, help="of frames, at most, in pixels (default: 256)")
+    parser.add_argument(
+        "--short-side",
+        type=number(Count),
+        default=256,
+        metavar="N",
+        help="of frames, at most, in pixels (default: 256)",
+    )
     parser.add_argument("--check", choices=CHECKS, help="decode each medium (default, but not in a dry run) or not")
-    parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="of rows, in shards of their own")
-    parser.add_argument("--rows-per-shard", type=int, default=512, help="(default: %(default)s)")
+    parser.add_argument(
+        "--held-out", type=number(ShareBelowOne), default=0.0, metavar="SHARE", help="of rows, in shards of their own"
+    )
+    parser.add_argument(
+        "--rows-per-shard", type=number(Count), default=512, metavar="N", help="at most (default: %(default)s)"
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.out is None and not options.dry_run:
         parser.error("--out FOLDER says where the shards go (or --dry-run, that none are wanted)")
-    if options.processes is not None and options.processes < 1:
-        parser.error("--processes is at least 1")
     try:
         with _stoppable():
             _run(options)

@@ -6,7 +6,6 @@ scene. Shards are bit-identical from run to run, whatever the number of processe
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import re
@@ -34,6 +33,8 @@ from data_prep.toy_language import (
 )
 from data_prep.toy_render import encode_jpeg, encode_mp4, render
 from data_prep.toy_scene import MAX_THINGS, POPULAR_PAIRS, Scene, draw_clip, draw_picture
+from vllava.checks import Count, Positive, Seed
+from vllava.commands import Parser, number
 from vllava.errors import UserError
 from vllava.folders import replacing, require_replaceable, strangers
 
@@ -208,16 +209,34 @@ def make(split: str, out: Path, seed: int, scale: float, processes: int) -> None
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.toy", description=__doc__.splitlines()[0])
+    parser = Parser("python -m data_prep.toy", "Make the toy world's shards.", "stage1 stage2 eval --out data/toy")
     parser.add_argument(
         "splits", nargs="+", choices=sorted(SPLITS), metavar="split", help=f"any of {', '.join(SPLITS)}"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("data/toy"), help="folder of the shards (default: %(default)s)"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        default=Path("data/toy"),
+        help="folder of the shards (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the world (default: %(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every sample count (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="parallel writers (default: all cores)")
+    parser.add_argument(
+        "--seed", type=number(Seed), default=0, metavar="N", help="seed of the world (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--scale",
+        type=number(Positive),
+        default=1.0,
+        metavar="X",
+        help="multiplies every sample count (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=number(Count),
+        default=os.cpu_count(),
+        metavar="N",
+        help="parallel writers (default: all cores)",
+    )
     parser.add_argument("--remove", action="store_true", help="remove these splits instead of making them")
     options = parser.parse_args(arguments)
     try:

@@ -7,7 +7,6 @@ the shards, that rows = samples + rejects too.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -21,6 +20,8 @@ from pathlib import Path
 from data_prep.executors import Executor, LocalProcesses
 from data_prep.progress import Progress
 from data_prep.workplace import REJECTS
+from vllava.checks import Count, Share
+from vllava.commands import Parser, number
 from vllava.data.broken import why
 from vllava.data.index import Entry, index_path, read_index, scan
 from vllava.data.picture import decode_image
@@ -182,19 +183,18 @@ def _index_problems(path: Path, size: int, entries: Sequence[Entry]) -> Iterator
 
 
 def _share(text: str) -> float:
-    share = 1.0 if text == "all" else float(text)
-    if not 0 <= share <= 1:
-        raise ValueError(text)
-    return share
+    return 1.0 if text == "all" else number(Share)(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.verify", description="Whether shards are as they were written, and readable."
+    parser = Parser(
+        "python -m data_prep.verify", "Whether shards are as they were written, and readable.", "data/mine --decode all"
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="folder", help="of shards, with their manifest")
     parser.add_argument("--decode", type=_share, default=0.0, metavar="SHARE|all", help="of samples (default: none)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="at a time (default: all cores)")
+    parser.add_argument(
+        "--processes", type=number(Count), default=os.cpu_count(), metavar="N", help="at a time (default: all cores)"
+    )
     options = parser.parse_args(arguments)
     wrong = False
     try:

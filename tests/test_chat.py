@@ -93,8 +93,8 @@ def test_sampling_follows_from_its_seed(talk):
     ("arguments", "message"),
     [
         (["--image", "nowhere.jpg"], "There is no file nowhere.jpg"),
-        (["--temperature", "-1"], "--temperature is at least 0"),
-        (["--top-p", "0"], "--top-p above 0"),
+        (["--temperature", "-1"], "argument --temperature: '-1' is not a number from 0"),
+        (["--top-p", "0"], "argument --top-p: '0' is not a number above 0 to 1"),
     ],
 )
 def test_a_mistake_is_told_in_a_line(arguments, message, checkpoint, capsys):

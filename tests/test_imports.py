@@ -11,19 +11,24 @@ SRC = Path(__file__).parents[1] / "src" / "vllava"
 # What each part of the package may import from the package; parts that are not listed put a run together.
 MAY_IMPORT = {
     "errors": set(),
+    "checks": {"errors"},
     "pixels": set(),
     "folders": {"errors"},
     "batch": {"errors"},
     "templates": {"errors"},
     "conversation": {"batch", "errors", "templates"},
-    "data": {"batch", "errors", "folders", "conversation", "pixels"},
-    "model": {"batch", "errors", "folders", "conversation", "pixels"},
-    "training": {"batch", "errors", "model", "pixels"},
+    "data": {"batch", "checks", "errors", "folders", "conversation", "pixels"},
+    "model": {"batch", "checks", "errors", "folders", "conversation", "pixels"},
+    "training": {"batch", "checks", "errors", "model", "pixels"},
     "inspection": {"batch", "errors", "conversation", "data", "training"},
-    "evaluation": {"batch", "errors", "folders", "conversation", "data", "model"},
+    "evaluation": {"batch", "checks", "errors", "folders", "conversation", "data", "model"},
 }
 HYDRA = {"hydra", "omegaconf"}
-MAY_USE_HYDRA = {"chain.py", "config.py", "inspect_data.py", "lineage.py", "plan.py", "run.py", "settle.py"}
+# fmt: off
+MAY_USE_HYDRA = {
+    "chain.py", "config.py", "inspect_data.py", "lineage.py", "options.py", "plan.py", "run.py", "settle.py",
+}
+# fmt: on
 
 
 def imported_modules(code, package="vllava"):

@@ -451,7 +451,7 @@ def test_what_is_no_page_of_ours_is_not_replaced(source, tmp_path, capsys):
         (["+experiment=align_image"], "does not train on conversations"),
         (["+experiment=stage2", "data.sources.image=[/nowhere]"], "No shards at /nowhere"),
         (["+experiment=stage2", "data.source.image=[/nowhere]"], "did you mean"),
-        (["+experiment=stage2", "--batches", "-1"], "numbers from 0"),
+        (["+experiment=stage2", "--batches", "-1"], "argument --batches: '-1' is not a whole number from 0"),
     ],
 )
 def test_a_mistake_is_one_paragraph(arguments, message, tmp_path):

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import lightning as L
 import logged_run
 import pytest
+import wandb
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
@@ -21,7 +22,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from shard_fixtures import ROOT
 from wandb_server import WandbServer
 
-import wandb
 from vllava.config import register_resolvers
 from vllava.errors import UserError
 from vllava.training import wandb_run

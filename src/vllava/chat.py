@@ -6,11 +6,13 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
+from vllava.checks import Count, NotNegative, Range, Seed
+from vllava.commands import Parser, number
 from vllava.conversation import TEMPLATES, Message, placeholders
 from vllava.data.build import conversation_packer, sample_decoder
 from vllava.data.samples import Medium, Sample, SampleDecoder
@@ -85,32 +87,50 @@ class _Show(argparse.Action):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vllava.chat", description=__doc__.splitlines()[0])
+    parser = Parser(
+        "python -m vllava.chat",
+        "Talk with a trained model about images and videos.",
+        "--checkpoint outputs/runs/stage2-united-s1/checkpoint --video clip.mp4 'What happens?'",
+    )
     parser.add_argument(
         "question",
         nargs="*",
         help="questions, asked one after the other; without any, type them. "
         "The first may say where the media stand: '<image> before <video>, what changed?'",
     )
-    parser.add_argument("--checkpoint", required=True, help="a run's checkpoint folder")
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a run's checkpoint folder")
     add_foundations(parser)
     parser.add_argument("--image", action=_Show, metavar="FILE", help="an image to show (may be repeated)")
     parser.add_argument("--video", action=_Show, metavar="FILE", help="a video to show (may be repeated)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=number(Count),
+        default=64,
+        metavar="N",
+        help="of an answer at most (default: %(default)s)",
+    )
     parser.add_argument(
         "--decoder", default="auto", choices=("auto", *DECODERS), help="of videos (default: %(default)s)"
     )
-    parser.add_argument("--num-frames", type=int, help="of a video (default: as in training)")
+    parser.add_argument("--num-frames", type=number(Count), metavar="N", help="of a video (default: as in training)")
     parser.add_argument("--template", choices=TEMPLATES, help="of the prompt (default: as in training)")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="of sampling; 0 takes the likeliest token (default: %(default)s)"
+        "--temperature",
+        type=number(NotNegative),
+        default=0.0,
+        metavar="T",
+        help="of sampling; 0 takes the likeliest token (default: %(default)s)",
     )
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the tokens that share this probability")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    parser.add_argument(
+        "--top-p",
+        type=number(Annotated[float, Range(0, 1, above=True)]),
+        default=1.0,
+        metavar="P",
+        help="sample among the likeliest tokens that have this probability together (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=number(Seed), default=0, metavar="N", help="of sampling (default: %(default)s)")
     parser.set_defaults(media=[])
     options = parser.parse_args(arguments)
-    if options.temperature < 0 or not 0 < options.top_p <= 1:
-        parser.error("--temperature is at least 0, --top-p above 0 and at most 1")
     sampling = {}
     if options.temperature:
         torch.manual_seed(options.seed)

@@ -9,7 +9,7 @@ import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import hydra
 from hydra import initialize_config_dir
@@ -17,11 +17,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import get_object
+from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from vllava.checks import MISSING, Count, NotNegative, OneOf, Seed, Whole, hints_of, require, require_all
+from vllava.data.build import Modality
 from vllava.errors import UserError, require_known
 from vllava.identity import tells_apart
+from vllava.options import check_callbacks, check_override, check_trainer, refuse
 from vllava.settle import settle
 from vllava.sources import check_spelling
 
@@ -31,9 +35,32 @@ CONF = PROJECT / "conf"
 TOP_LEVEL = {
     "experiment", "ablation", "seed", "chain", "runs", "run_dir", "world", "log_level", "save_minutes",
     "model", "foundations", "recipes", "tokenizer", "template", "encoder", "projector", "data", "task", "trainer",
-    "logger", "preview", "evaluation", "toy", "rerun",
+    "logger", "callbacks", "preview", "evaluation", "toy", "rerun",
 }
 # fmt: on
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+# Of what no signature speaks of. These decide what is read and run, so they are checked first.
+_HINTS: dict[str, Any] = {
+    "experiment": str | None,
+    "ablation": str,
+    "seed": Seed,
+    "chain": list[str] | str | None,
+    "rerun": bool,
+    **dict.fromkeys(("runs", "run_dir", "world", "tokenizer", "template"), str),
+    "log_level": Annotated[str, OneOf(LOG_LEVELS)],
+    **dict.fromkeys(("save_minutes", "stop_seconds"), NotNegative),
+    "projector": str | None,
+    "foundations": dict[str, str],
+    **dict.fromkeys(("recipes", "encoder", "model", "data", "task", "trainer"), dict[str, Any]),
+    **dict.fromkeys(("callbacks", "checkpoint", "validation", "preview", "evaluation", "toy"), dict[str, Any] | None),
+}
+_HINTS_IN: dict[str, dict[str, Any]] = {  # of nodes that no function takes as they are
+    "validation": {
+        **{"every_steps": Count | None, "samples": Count, "answers": bool, "early_stop": str | None},
+        "patience": Count,
+    },
+    "checkpoint": {"every_steps": Count | None, "keep_last": Whole, "keep_best": str | None},
+}
 NAME_BYTES = 200  # of a run's folder at most, all of them ASCII; file systems take 255
 _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
@@ -92,7 +119,7 @@ def composed(overrides: list[str], conf: str | Path = CONF) -> DictConfig:
     """The settled and checked configuration of a command line; raises UserError for a mistake in it."""
     register_resolvers()
     overrides = with_paths_quoted(overrides)
-    check_spelling(overrides)
+    check_command_line(overrides)
     try:
         with initialize_config_dir(str(conf), version_base="1.3"):
             cfg = hydra.compose("train", overrides, return_hydra_config=True)
@@ -126,6 +153,7 @@ def check(cfg: DictConfig) -> None:
         raise UserError(
             f"Choose what to run: python train.py +experiment=NAME, with NAME one of {_names('experiment')}."
         )
+    _check_first(cfg)
     settle(cfg)
     groups = [override.lstrip("+").split("=")[0] for override in HydraConfig.get().overrides.task]
     if [group for group in groups if group in ("experiment", "ablation")] == ["ablation", "experiment"]:
@@ -134,6 +162,7 @@ def check(cfg: DictConfig) -> None:
     written = typing.cast(dict, OmegaConf.to_container(cfg, resolve=False))
     for key in sorted(TOP_LEVEL & set(written)):
         _check_node(key, written[key])
+    _check_all_values(cfg)
     if cfg.chain:
         return  # its experiments are checked when they run
     try:
@@ -154,6 +183,76 @@ def _check_chain(cfg: DictConfig) -> None:
         raise UserError(f"chain={parts}: name one experiment or several different ones, such as chain=[stage1,stage2].")
     cfg.chain = parts
     cfg.experiment = cfg.experiment or "chain"
+
+
+def check_command_line(overrides: list[str]) -> None:
+    """Raises UserError for overrides for which Hydra's own message would lead astray."""
+    check_spelling(overrides)
+    for override in overrides:
+        check_override(override)
+        _check_choice(override)
+
+
+def _check_choice(override: str) -> None:
+    """Raises UserError for a group of which a number or the like is chosen: Hydra ends at it with a traceback."""
+    group, _, value = override.lstrip("+~").partition("=")
+    if (_conf() / group).is_dir() and re.fullmatch(r"-?\d+(\.\d*)?|null|true|false|\{.*", value.lower()):
+        names = (
+            _names(group) or f"{group}/{f', {group}/'.join(sorted(path.name for path in (_conf() / group).iterdir()))}"
+        )
+        raise UserError(f"{override}: {group} is chosen by a name; there are: {names}.")
+
+
+def _check_first(cfg: DictConfig) -> None:
+    """Raises UserError for what would be in the way of finding out what is to run."""
+    written = typing.cast(dict, OmegaConf.to_container(cfg, resolve=False))
+    plain = {key: value for key, value in written.items() if "${" not in str(value) or isinstance(value, dict)}
+    require_all("", plain, _HINTS)
+    require("data.modalities", plain["data"].get("modalities", MISSING), list[Modality])
+    if plain["data"].get("modalities") == []:
+        raise UserError("data.modalities is [], which leaves nothing to train on: name some of image, video, text.")
+    for name, value in plain["trainer"].items():
+        refuse(f"trainer.{name}", value)
+    if "ckpt_path" in written:
+        refuse("ckpt_path", written["ckpt_path"])
+
+
+def _check_all_values(cfg: DictConfig) -> None:
+    """Raises UserError for a value that what is configured cannot have; what is missing is not looked at."""
+    try:
+        values = typing.cast(dict, OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration is not complete: {str(error).splitlines()[0]}.") from error
+    require_all("", values, _HINTS)
+    if values["data"].get("remedy", "") is None:  # of a chain or an evaluation, which read other data
+        del values["data"]["remedy"]
+    for key, hints in _HINTS_IN.items():
+        require_all(key, values.get(key) or {}, hints)
+    check_callbacks(values.get("callbacks"))
+    for key in sorted(TOP_LEVEL & set(values) - {"recipes", "toy"}):
+        _check_values(key, values[key])
+    check_trainer(values["trainer"])
+
+
+def _check_values(where: str, node: Any) -> None:
+    """Values of a node with `_target_` must be of the types of its parameters; the same for what it contains."""
+    if not isinstance(node, dict):
+        return
+    if "_target_" in node:
+        target = get_object(node["_target_"])
+        if not node.get("_partial_"):
+            _require_given(where, node, target)
+        require_all(where, node, {} if target is Trainer else hints_of(target))
+    for key, value in node.items():
+        _check_values(f"{where}.{key}", value)
+
+
+def _require_given(where: str, node: dict, target: Any) -> None:
+    """Raises UserError where a parameter without a default is not given."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [name for name, p in _parameters(target).items() if p.kind in kinds and p.default is p.empty]
+    if absent := [name for name in needed if name not in node and "_args_" not in node]:
+        raise UserError(f"{where}.{absent[0]} is missing: {node['_target_']} needs it.")
 
 
 def _names(group: str) -> str:

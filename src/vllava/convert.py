@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from vllava.commands import Parser
 from vllava.errors import UserError, reading, stop
 from vllava.folders import require_replaceable
 from vllava.model.checkpoint import find_parts, read_description
@@ -56,7 +56,11 @@ def export_checkpoint(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vllava.convert", description=__doc__.splitlines()[0])
+    parser = Parser(
+        "python -m vllava.convert",
+        "Checkpoints from and to other formats.",
+        "export outputs/runs/stage2-united-s1/checkpoint out --to original",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     take = commands.add_parser("import", help="an original Video-LLaVA, or one of transformers, to a vllava checkpoint")
     take.add_argument("source", help="folder or hub id")

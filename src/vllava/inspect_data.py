@@ -6,7 +6,6 @@ the run. No weights are loaded.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from vllava.checks import Whole
+from vllava.commands import Parser, number
 from vllava.config import composed
 from vllava.data.address import shown
 from vllava.data.datamodule import DataModule
@@ -111,13 +112,27 @@ def _shown_settings(settings: dict[str, Any], run: Run) -> dict[str, object]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vllava.inspect_data", description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="+", help="as for train.py: +experiment=stage2 data=mine …")
-    parser.add_argument("--batches", type=int, default=2, help="global batches to show (default: %(default)s)")
-    parser.add_argument(
-        "--samples", type=int, default=WHOLE, help="show so many of their samples whole (default: %(default)s)"
+    parser = Parser(
+        "python -m vllava.inspect_data",
+        "Look at a run's data before it starts: a page with its first batches as the model will see them.",
+        "+experiment=stage2 data=mine --out page.html",
     )
-    parser.add_argument("--out", type=Path, help="the page (default: outputs/inspect/EXPERIMENT-ABLATION.html)")
+    parser.add_argument(
+        "overrides", nargs="+", metavar="key=value", help="as for train.py: +experiment=stage2 data=mine …"
+    )
+    parser.add_argument(
+        "--batches", type=number(Whole), default=2, metavar="N", help="global batches to show (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples",
+        type=number(Whole),
+        default=WHOLE,
+        metavar="N",
+        help="show so many of their samples whole (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page (default: outputs/inspect/EXPERIMENT-ABLATION.html)"
+    )
     parser.add_argument("--check", action="store_true", help="exit with status 1 where something would waste the run")
     options = parser.parse_intermixed_args(arguments)
     with stopping_at_mistakes(InstantiationException):  # in which Hydra wraps what a constructor raised

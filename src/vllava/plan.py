@@ -5,18 +5,19 @@ The model is built on the meta device, without weights: parameters are counted, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, PreTrainedConfig, ViTMAEConfig
 
 from vllava.batch import MEDIA_KINDS, MediumSpec
+from vllava.checks import Count, NotNegative, Range, Share, Whole, require_all
+from vllava.commands import Parser, number
 from vllava.config import composed
 from vllava.data.patience import Remote
 from vllava.data.shards import read_sources
@@ -50,6 +51,7 @@ GPUS = {  # memory in GB, dense bf16 peak in TFLOP/s: the makers' data sheets
     "rtx4090-24g": (24, 165),
 }
 GB = 1e9
+_RECIPE = {"samples": dict[str, Whole], "text_tokens": dict[str, NotNegative], "supervised_share": Share}  # in recipes
 
 
 @dataclass(frozen=True)
@@ -288,20 +290,34 @@ def configured(overrides: list[str]) -> dict[str, Any]:
     settings: Any = OmegaConf.to_container(composed(overrides), resolve=True)
     if "samples" not in _recipe(settings):
         raise UserError(f"A plan is for a stage; {settings['experiment']} is none, or its recipe names no samples.")
+    recipe = _recipe(settings)
+    require_all(f"recipes.{settings['experiment'].removesuffix('_lora')}", recipe, _RECIPE)
     return settings
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vllava.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="+", help="as for train.py: +experiment=stage1 model=video_llava_7b …")
-    parser.add_argument("--gpu", choices=GPUS, default="a100-80g", help="default: %(default)s")
-    parser.add_argument("--gpus", type=int, default=8, help="how many (default: %(default)s)")
-    parser.add_argument("--utilisation", type=float, default=0.5, help="share of the peak (default: %(default)s)")
+    parser = Parser(
+        "python -m vllava.plan",
+        "What a training run will need, before it starts: parameters, tokens, memory and time. Nothing is downloaded.",
+        "+experiment=stage1 model=video_llava_7b trainer=zero2 --gpu h100-80g --gpus 8",
+    )
+    parser.add_argument(
+        "overrides", nargs="+", metavar="key=value", help="as for train.py: +experiment=stage1 model=video_llava_7b …"
+    )
+    parser.add_argument("--gpu", choices=GPUS, default="a100-80g", help="their kind (default: %(default)s)")
+    parser.add_argument("--gpus", type=number(Count), default=8, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument(
+        "--utilisation",
+        type=number(Annotated[float, Range(0, 1, above=True)]),
+        default=0.5,
+        metavar="SHARE",
+        help="of the peak that the run reaches (default: %(default)s)",
+    )
     parser.add_argument(
         "--shards", action="store_true", help="count the samples in data.sources, instead of taking the recipe's"
     )
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         settings = configured(options.overrides)
         if options.shards:

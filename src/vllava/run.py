@@ -35,6 +35,7 @@ from vllava.model.checkpoint import load_projector
 from vllava.model.device import best_device, computes_in_bf16
 from vllava.model.precision import halve_frozen
 from vllava.model.video_llava import VideoLlava
+from vllava.options import cut_short, extra_callbacks, implied, in_words, with_extras
 from vllava.runs import Run, claim, is_first_process, occupied, place, read_run
 from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, SaveToResume, Throughput, progress_bar
@@ -102,6 +103,10 @@ def quiet(level: str) -> None:
         logging.getLogger(name).setLevel(level)
     transformers.utils.logging.set_verbosity(getattr(logging, level))
     transformers.utils.logging.disable_progress_bar()
+    if getattr(rank_zero_only, "rank", 0):  # what concerns all processes is said by the first, and is in each one's log
+        for handler in logging.getLogger().handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")  # advice about checkpoints and modes chosen on purpose
 
 
@@ -140,10 +145,12 @@ def train(cfg: DictConfig) -> None:
     if settings["preview"]:
         asked = {kind: folders for kind, folders in settings["preview"].items() if kind != "remedy"}
         preview = Preview(asked, task.specs, tokenizer, settings, settings["preview"]["remedy"])
-    announce(cfg, task, data)
     history = History(run_dir)
     trainer = build_trainer(cfg, settings, [Throughput(), history, progress_bar()], task)
-    trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
+    data.trainer = trainer  # which may limit an epoch
+    announce(cfg, task, data)
+    with in_words():
+        trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
     if not trainer.is_global_zero:
         return
     if halved or task.whole:
@@ -152,7 +159,7 @@ def train(cfg: DictConfig) -> None:
         left_over = task.model.load_state_dict(weights, strict=False).unexpected_keys
         assert not left_over, left_over
     task.export(run_dir / "checkpoint", tokenizer, settings)
-    facts = {**task.facts(), "seconds": round(time.time() - started, 1)}
+    facts = {**task.facts(), **cut_short(task), "seconds": round(time.time() - started, 1)}
     if "warning" in facts:
         print(f"warning: {facts['warning']}")
     metrics = history.finish(facts)
@@ -185,7 +192,7 @@ def announce(cfg: DictConfig, task: Task, data: Any) -> None:
     trained = ", ".join(f"{name} {count:,}" for name, count in task.trained.items())
     total = sum(p.numel() for p in task.parameters())
     plural = "s" if data.steps_per_epoch > 1 else ""
-    steps = f"{data.samples:,} samples, {data.steps_per_epoch} step{plural} of {data.global_batch} per epoch"
+    steps = f"{data.samples_per_epoch:,} samples, {data.steps_per_epoch} step{plural} of {data.global_batch} per epoch"
     print(f"{cfg.experiment} ({cfg.ablation}, seed {cfg.seed}): trains {trained} of {total:,} parameters")
     if cfg.projector:
         print(f"starts from {cfg.projector}")
@@ -221,9 +228,17 @@ def build_trainer(cfg: DictConfig, settings: Any, callbacks: list[L.Callback], t
     """Lightning's Trainer as configured."""
     run_dir = Path(cfg.run_dir)
     loggers = instantiate(cfg.logger)(run_dir=run_dir, config=settings) if cfg.get("logger") else []
-    return instantiate(cfg.trainer, precision=precision(cfg), **share_out_cores(cfg, task))(
-        logger=loggers,
-        callbacks=[*callbacks, Follow(run_dir / "history.jsonl"), SaveToResume(run_dir / RESUME, cfg.save_minutes)],
-        enable_checkpointing=False,  # Lightning's own, which does not save by the clock in manual optimisation
-        default_root_dir=run_dir,
-    )
+    with in_words():
+        extras = extra_callbacks(settings["callbacks"])
+    changed = {**share_out_cores(cfg, task), **implied(settings["trainer"], extras, run_dir)}
+    with in_words(TypeError, ValueError):
+        return instantiate(cfg.trainer, precision=precision(cfg), **changed)(
+            logger=loggers,
+            callbacks=[
+                *with_extras(callbacks, extras, cfg.trainer.get("enable_progress_bar")),
+                Follow(run_dir / "history.jsonl"),
+                SaveToResume(run_dir / RESUME, cfg.save_minutes),
+            ],
+            enable_checkpointing=False,  # Lightning's own, which does not save by the clock in manual optimisation
+            default_root_dir=run_dir,
+        )

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from vllava.data.address import shown
@@ -60,7 +61,13 @@ def settle(cfg: DictConfig) -> None:
         _settle_evaluation(cfg, held_out, own, toy.get("evaluation", {}))
         trained = {folder for sources in named.values() for listed in sources.values() for folder in listed}
         for folder in [f for asked in _asked(cfg).values() for f in asked.values() if f in trained]:
-            log.warning("%s is evaluated on and trained on: its figures say what was learnt by heart", shown(folder))
+            _warn("%s is evaluated on and trained on: its figures say what was learnt by heart", shown(folder))
+
+
+@rank_zero_only
+def _warn(message: str, *values: object) -> None:
+    """Said by the first process alone: each of a run settles its configuration by itself."""
+    log.warning(message, *values)
 
 
 def _settle_preview(cfg: DictConfig, held_out: Folders, own: bool, toys: dict | None) -> None:
@@ -109,7 +116,7 @@ def _own_sources(cfg: DictConfig, experiment: str, named: dict[str, Folders]) ->
     if not used:
         raise UserError(f"Nothing is left to train on in {experiment}: {takes}, and only {left_out} is named.")
     if left_out and not cfg.chain:
-        log.warning("%s: %s is not used: %s", experiment, left_out, takes)
+        _warn("%s: %s is not used: %s", experiment, left_out, takes)
     return used
 
 

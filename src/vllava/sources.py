@@ -12,7 +12,10 @@ from vllava.errors import UserError
 Folders = dict[str, list[str]]  # by modality
 MODALITIES = ("image", "video", "text")
 STAGES = ("stage1", "stage2")  # those that may have blocks of their own in `data`
-REMEDY = "`python -m data_prep.prepare` makes shards of your own files: see docs/data.md."  # a user's, not the toy's
+REMEDY = (  # a user's, not the toy's
+    "`python -m data_prep.prepare` makes shards of your own files, `python -m data_prep.index` a manifest for shards "
+    "that you have: see docs/data.md."
+)
 
 
 def folders(where: str, node: Any) -> Folders:

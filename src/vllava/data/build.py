@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from vllava.batch import MediumSpec
-from vllava.conversation import ends_of_turn
+from vllava.checks import Count, NotNegative, OneOf, Seed
+from vllava.conversation import TEMPLATES, ends_of_turn
 from vllava.conversation import template as find_template
 from vllava.data.address import is_remote, shown
-from vllava.data.datamodule import DataModule
-from vllava.data.media import Preprocess
+from vllava.data.datamodule import DataModule, Workers
+from vllava.data.media import FITS, Preprocess
 from vllava.data.mixture import Source, portions
 from vllava.data.packing import CaptionPairs, ConversationPacker
 from vllava.data.patience import Remote
 from vllava.data.samples import SampleDecoder
-from vllava.data.video import video_decoder
+from vllava.data.video import DECODERS, SAMPLINGS, video_decoder
 from vllava.errors import UserError
 
 Specs = dict[str, MediumSpec]
 MODALITIES = ("image", "video", "text")
 FEATURES = ("online", "cache")
+Modality = Annotated[str, OneOf(MODALITIES)]
+Times = NotNegative | dict[str, NotNegative]
+Template = Annotated[str, OneOf(TEMPLATES)]
+Fit = Annotated[str, OneOf(FITS)]
+DecoderName = Annotated[str, OneOf(("auto", *DECODERS))]
+Sampling = Annotated[str, OneOf(SAMPLINGS)]
 
 
 def _chosen(sources: dict[str, list[str]], modalities: list[str]) -> list[Source]:
@@ -36,9 +43,9 @@ def _chosen(sources: dict[str, list[str]], modalities: list[str]) -> list[Source
 def conversation_packer(
     specs: Specs,
     tokenizer: Any,
-    template: str = "vicuna_v1",
-    max_length: int = 3072,
-    token_budget: int = 8192,
+    template: Template = "vicuna_v1",
+    max_length: Count = 3072,
+    token_budget: Count = 8192,
     template_options: dict[str, Any] | None = None,
 ) -> ConversationPacker:
     """The packer of a template's name; raises UserError where the tokenizer's own template is asked for and unfit."""
@@ -48,7 +55,7 @@ def conversation_packer(
 
 
 def sample_decoder(
-    specs: Specs, image_fit: str = "crop", decoder: str = "auto", frame_sampling: str = "index"
+    specs: Specs, image_fit: Fit = "crop", decoder: DecoderName = "auto", frame_sampling: Sampling = "index"
 ) -> SampleDecoder:
     """The decoder for a model's specs."""
     return SampleDecoder(specs, Preprocess(fit=image_fit), video_decoder(decoder, frame_sampling))
@@ -58,22 +65,22 @@ def conversation_data(
     specs: Specs,
     tokenizer: Any,
     sources: dict[str, list[str]],
-    modalities: list[str],
-    global_batch: int,
-    seed: int,
-    template: str = "vicuna_v1",
+    modalities: list[Modality],
+    global_batch: Count,
+    seed: Seed,
+    template: Template = "vicuna_v1",
     template_options: dict[str, Any] | None = None,
-    max_length: int = 3072,
-    token_budget: int = 8192,
-    image_fit: str = "crop",
-    decoder: str = "auto",
+    max_length: Count = 3072,
+    token_budget: Count = 8192,
+    image_fit: Fit = "crop",
+    decoder: DecoderName = "auto",
     remedy: str = "",
-    workers: int = -1,
-    shuffle_window: int = 64,
-    num_frames: int | None = None,
-    features: str = "online",
-    frame_sampling: str = "index",
-    mixture: dict[str, Any] | None = None,
+    workers: Workers = -1,
+    shuffle_window: Count = 64,
+    num_frames: Count | None = None,
+    features: Annotated[str, OneOf(FEATURES)] = "online",
+    frame_sampling: Sampling = "index",
+    mixture: dict[str, Times] | None = None,
     cache: Remote | dict[str, Any] | None = None,
 ) -> DataModule:
     """Conversations in packed micro-batches, for the stages and for training a language model.
@@ -115,16 +122,16 @@ def caption_data(
     specs: Specs,
     tokenizer: Any,
     sources: dict[str, list[str]],
-    modalities: list[str],
-    global_batch: int,
-    seed: int,
-    max_length: int = 77,
-    image_fit: str = "crop",
-    decoder: str = "auto",
+    modalities: list[Modality],
+    global_batch: Count,
+    seed: Seed,
+    max_length: Count = 77,
+    image_fit: Fit = "crop",
+    decoder: DecoderName = "auto",
     remedy: str = "",
-    workers: int = -1,
-    shuffle_window: int = 64,
-    frame_sampling: str = "index",
+    workers: Workers = -1,
+    shuffle_window: Count = 64,
+    frame_sampling: Sampling = "index",
     cache: Remote | dict[str, Any] | None = None,
 ) -> DataModule:
     """Media with captions, a global batch at a time, for pre-training encoders."""

@@ -6,7 +6,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import lightning as L
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vllava.batch import Step
+from vllava.checks import Count, Range, Seed
 from vllava.data.broken import trace, why
 from vllava.data.deal import Deal, every_nth
 from vllava.data.mixture import Portion, draws
@@ -23,6 +24,7 @@ from vllava.data.samples import Sample
 from vllava.data.shards import Shard, ShardReader, read_sources
 from vllava.errors import UserError
 
+Workers = Annotated[int, Range(-1, 256)]
 Decoder = Callable[[str, dict[str, bytes]], Sample]  # a key and its members by extension, to a sample
 
 
@@ -165,11 +167,11 @@ class DataModule(L.LightningDataModule):
         sources: list[str],
         decode: Decoder,
         assembler: Assembler,
-        global_batch: int,
-        seed: int,
+        global_batch: Count,
+        seed: Seed,
         remedy: str = "",
-        workers: int = -1,
-        shuffle_window: int = 64,
+        workers: Workers = -1,
+        shuffle_window: Count = 64,
         wants_features: bool = False,
         portions: Sequence[Portion] | None = None,
         remote: Remote | None = None,
@@ -191,7 +193,18 @@ class DataModule(L.LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.samples // self.global_batch)
+        """Global batches of an epoch: of all samples, or as many as the Trainer's limit_train_batches lets it have."""
+        steps = -(-self.samples // self.global_batch)
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0  # overfit_batches and fast_dev_run set it too
+        limited = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+        if limited < 1:
+            raise UserError(f"trainer.limit_train_batches={limit:g} leaves none of the {steps} steps of an epoch.")
+        return limited
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that an epoch of `steps_per_epoch` steps has."""
+        return min(self.samples, self.steps_per_epoch * self.global_batch)
 
     def transfer_batch_to_device(self, batch: Step, device: torch.device, dataloader_idx: int) -> Step:
         return batch  # the task moves a micro-batch at a time
@@ -204,9 +217,14 @@ class DataModule(L.LightningDataModule):
             self.shards, self.global_batch, self.seed, self.shuffle_window, rank, ranks, deal, self.draws
         )
         if trainer:  # a resumed run goes on with the next unseen sample
-            sampler.position = lambda: divmod(trainer.global_step, self.steps_per_epoch)
+            sampler.position = lambda: self._position(trainer)
         dataset = ShardDataset(self.shards, self.decode, self.assembler, open_shards=2 * self.shuffle_window)
         return StepLoader(dataset, sampler, self.workers)
+
+    def _position(self, trainer: L.Trainer) -> tuple[int, int]:
+        """The epoch and the batch in it that come next; with overfit_batches every epoch is the first one again."""
+        epoch, batch = divmod(trainer.global_step, self.steps_per_epoch)
+        return (0 if getattr(trainer, "overfit_batches", 0) else epoch, batch)
 
 
 def _start_worker(_: int) -> None:

@@ -8,8 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from vllava.checks import NotNegative, Range, Whole
 from vllava.data.address import RemotePath, shown
 from vllava.data.streams import RefusedError
 from vllava.errors import UserError, reason
@@ -35,9 +36,9 @@ class Remote:
     """
 
     folder: str | Path = "~/.cache/vllava/shards"
-    gigabytes: float = 100.0
-    seconds: float = 60.0
-    retries: int = 5
+    gigabytes: NotNegative = 100.0
+    seconds: Annotated[float, Range(1e-3)] = 60.0
+    retries: Whole = 5
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllava.data.build import conversation_packer, sample_decoder
+from vllava.checks import Count, Whole
+from vllava.data.build import DecoderName, Template, conversation_packer, sample_decoder
 from vllava.data.patience import Remote
 from vllava.errors import UserError
 from vllava.evaluation.answers import Answer, answer_all, check_rows, read_samples
@@ -26,12 +27,12 @@ def evaluate(
     sources: dict[str, dict[str, str]],
     run_dir: str,
     remedy: str,
-    batch_size: int = 64,
-    max_new_tokens: int = 16,
-    decoder: str = "auto",
-    num_frames: int | None = None,
-    template: str | None = None,
-    shown: int = 8,
+    batch_size: Count = 64,
+    max_new_tokens: Count = 16,
+    decoder: DecoderName = "auto",
+    num_frames: Count | None = None,
+    template: Template | None = None,
+    shown: Whole = 8,
     plots: dict[str, str] | None = None,
     cache: Remote | dict[str, Any] | None = None,
     search: Folders = (),

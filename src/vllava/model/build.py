@@ -18,6 +18,7 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
+from vllava.checks import Count, Positive, ShareBelowOne
 from vllava.errors import UserError, reading
 from vllava.model.attention import PACKED
 from vllava.model.encoders import Encoder
@@ -80,14 +81,14 @@ def _local_or_hub(path: str, what: str) -> None:
 
 def fresh_llm(
     tokenizer_path: str,
-    hidden_size: int,
-    intermediate_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    num_key_value_heads: int | None = None,
-    max_position_embeddings: int = 4096,
+    hidden_size: Count,
+    intermediate_size: Count,
+    num_hidden_layers: Count,
+    num_attention_heads: Count,
+    num_key_value_heads: Count | None = None,
+    max_position_embeddings: Count = 4096,
     tie_word_embeddings: bool = False,
-    initializer_range: float = 0.02,
+    initializer_range: Positive = 0.02,
     start_from: str | None = None,
 ) -> nn.Module:
     """A Llama for the tokenizer saved at `tokenizer_path`, random or with the weights of the folder `start_from`.
@@ -155,10 +156,10 @@ def video_llava(
 class _Tower:
     """What both towers' settings have in common; names as in `transformers`."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
     hidden_act: str
 
 
@@ -166,21 +167,25 @@ class _Tower:
 class VisionSettings(_Tower):
     """A vision tower; `add_time_attn` and `num_frames` make it one for videos."""
 
-    image_size: int
-    patch_size: int
+    image_size: Count
+    patch_size: Count
     add_time_attn: bool = False
-    num_frames: int = 1
+    num_frames: Count = 1
 
 
 @dataclass(frozen=True)
 class TextSettings(_Tower):
     """A text tower."""
 
-    max_position_embeddings: int
+    max_position_embeddings: Count
 
 
 def languagebind(
-    vision: VisionSettings, text: TextSettings, projection_dim: int, tokenizer_path: str, start_from: str | None = None
+    vision: VisionSettings,
+    text: TextSettings,
+    projection_dim: Count,
+    tokenizer_path: str,
+    start_from: str | None = None,
 ) -> LanguageBind:
     """A fresh LanguageBind, or one that starts from the checkpoint folder `start_from`.
 
@@ -213,17 +218,17 @@ def _plain(kind: Any, settings: Any) -> dict[str, Any]:
 
 
 def mae(
-    hidden_size: int,
-    intermediate_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    image_size: int,
-    patch_size: int,
-    decoder_hidden_size: int,
-    decoder_intermediate_size: int,
-    decoder_num_hidden_layers: int,
-    decoder_num_attention_heads: int,
-    mask_ratio: float = 0.75,
+    hidden_size: Count,
+    intermediate_size: Count,
+    num_hidden_layers: Count,
+    num_attention_heads: Count,
+    image_size: Count,
+    patch_size: Count,
+    decoder_hidden_size: Count,
+    decoder_intermediate_size: Count,
+    decoder_num_hidden_layers: Count,
+    decoder_num_attention_heads: Count,
+    mask_ratio: ShareBelowOne = 0.75,
     norm_pix_loss: bool = True,
 ) -> ViTMAEForPreTraining:
     """A fresh masked autoencoder; settings as in ViTMAEConfig."""

@@ -7,12 +7,15 @@ config that names it under conf/encoder/image or conf/encoder/video.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import CLIPVisionConfig, ViTMAEConfig, ViTMAEModel
 
-from vllava.batch import MediumSpec
+from vllava.batch import MEDIA_KINDS, MediumSpec
+from vllava.checks import OneOf, Range
 from vllava.errors import reading
 from vllava.model.attention import PACKED
 from vllava.model.files import Checkpoint, load_strictly, require_fit, sized, warn_of_no_numbers
@@ -57,7 +60,12 @@ class ClipEncoder(Encoder):
     """
 
     def __init__(
-        self, path: str, medium: str, feature_layer: int = -2, frames: int | None = None, temporal: bool = True
+        self,
+        path: str,
+        medium: Annotated[str, OneOf(MEDIA_KINDS)],
+        feature_layer: int = -2,
+        frames: Annotated[int, Range(1, MOST_FRAMES)] | None = None,
+        temporal: bool = True,
     ) -> None:
         checkpoint = Checkpoint(path)
         super().__init__(checkpoint)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from vllava.checks import Count, ShareBelowOne
 from vllava.errors import UserError
 
 
@@ -14,9 +15,9 @@ from vllava.errors import UserError
 class Lora:
     """Adapters on every linear layer of the LLM but its head, as in the original's `finetune_lora.sh`."""
 
-    r: int = 128
-    alpha: int = 256
-    dropout: float = 0.05
+    r: Count = 128
+    alpha: Count = 256
+    dropout: ShareBelowOne = 0.05
 
 
 def add_lora(llm: nn.Module, settings: Lora) -> Any:

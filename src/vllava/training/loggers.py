@@ -18,9 +18,10 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 
+from vllava.checks import OneOf
 from vllava.errors import UserError, reason
 from vllava.training.continued import Continued
-from vllava.training.wandb_run import WandbSettings, open_run, stop_client, usable_mode
+from vllava.training.wandb_run import MODES, WandbSettings, open_run, stop_client, usable_mode
 
 log = logging.getLogger(__name__)
 SAMPLES = "held_out_samples"
@@ -33,7 +34,7 @@ def build(
     tensorboard: bool = False,
     csv: bool = False,
     project: str = "vllava",
-    mode: str = "auto",
+    mode: Annotated[str, OneOf(MODES)] = "auto",
     entity: str | None = None,
     name: str | None = None,
     group: str | None = None,

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import get_cosine_schedule_with_warmup
 
 from vllava.batch import MediumSpec, Step
+from vllava.checks import NotNegative, Positive, Share, ShareBelowOne
 from vllava.errors import UserError
 from vllava.model.sharding import whole_state
 from vllava.training.broken import BrokenLimit, BrokenList
@@ -60,12 +61,12 @@ def _is_of(parameter: str, name: str) -> bool:
 class Recipe:
     """How a task optimises: AdamW with cosine decay (paper, Table 7 and section 4.1.3)."""
 
-    lr: float
-    lr_of: dict[str, float] = field(default_factory=dict)  # of what `trained` names, where it is another
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip_norm: float = 1.0
+    lr: Positive
+    lr_of: dict[str, Positive] = field(default_factory=dict)  # of what `trained` names, where it is another
+    warmup_ratio: Share = 0.03
+    weight_decay: NotNegative = 0.0
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
+    clip_norm: Positive = 1.0
 
 
 class Task(L.LightningModule):
@@ -78,7 +79,7 @@ class Task(L.LightningModule):
 
     shares_batches = False  # whether processes may share a global batch out without changing what is learnt
 
-    def __init__(self, model: nn.Module, trained: list[str], recipe: Recipe, max_broken_share: float = 0.01) -> None:
+    def __init__(self, model: nn.Module, trained: list[str], recipe: Recipe, max_broken_share: Share = 0.01) -> None:
         super().__init__()
         self.model = model
         self.recipe = Recipe(**recipe) if not isinstance(recipe, Recipe) else recipe
@@ -247,7 +248,7 @@ class Task(L.LightningModule):
         if not hasattr(data, "steps_per_epoch"):
             return None
         epochs, rest = divmod(self._planned_steps(), data.steps_per_epoch)
-        return epochs * data.samples + rest * data.global_batch
+        return epochs * data.samples_per_epoch + rest * data.global_batch
 
     def _require_whole(self, samples: int) -> None:
         """Raises UserError unless the ranks' shares are a global batch together: each has dealt it out by itself."""
