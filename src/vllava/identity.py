@@ -31,7 +31,10 @@ ELSEWHERE = (
     *("chain", "evaluation"),
 )
 # Of the trainer all is indifferent but what is a part of the recipe.
-TRAINER = ("precision", "max_epochs", "max_steps", "max_time", "limit_train_batches", "overfit_batches")
+TRAINER = (
+    *("precision", "max_epochs", "max_steps", "max_time"),
+    *("limit_train_batches", "overfit_batches", "fast_dev_run"),
+)
 # A run may end later, or earlier, than was planned; see vllava.runs.
 LENGTH = ("trainer.max_epochs", "trainer.max_steps")
 _BESIDE = ("run_dir", "remedy", "batch_size", "plots", "cache", "search")  # what decides nothing of an evaluation
