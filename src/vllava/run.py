@@ -35,8 +35,10 @@ from vllava.model.precision import halve_frozen
 from vllava.model.video_llava import VideoLlava
 from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, SaveToResume, Throughput, progress_bar
+from vllava.training.finite import require_finite
 from vllava.training.loggers import log_samples
 from vllava.training.task import Task
+from vllava.watching import validation
 
 RESUME = "resume.ckpt"  # in a run's folder while it is unfinished
 MARK = ".vllava-run"  # in every run's folder: what lies there is a run's, and may be replaced by the next
@@ -119,7 +121,9 @@ def train(cfg: DictConfig) -> None:
         preview = Preview(asked, task.specs, tokenizer, settings, settings["preview"]["remedy"])
     announce(cfg, task, data)
     history = History(run_dir)
-    trainer = build_trainer(cfg, settings, [Throughput(), history, progress_bar()], task)
+    throughput = Throughput()
+    watched = validation(settings, task, tokenizer, preview, history.extra.update)
+    trainer = build_trainer(cfg, settings, [throughput, *watched, history, progress_bar()], task)
     trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
     if not trainer.is_global_zero:
         return
@@ -128,11 +132,15 @@ def train(cfg: DictConfig) -> None:
         task.model = instantiate(cfg.model)  # its frozen weights are what they were
         left_over = task.model.load_state_dict(weights, strict=False).unexpected_keys
         assert not left_over, left_over
+    require_finite(task.trained_weights())
     task.export(run_dir / "checkpoint", tokenizer, settings)
     if (run_dir / RESUME).is_dir():  # DeepSpeed's
         shutil.rmtree(run_dir / RESUME)
     (run_dir / RESUME).unlink(missing_ok=True)
-    facts = {**task.facts(), "seconds": round(time.time() - started, 1)}
+    facts = {**task.facts(), **throughput.facts()}
+    for callback in watched:
+        facts |= callback.facts()
+    facts = {**facts, "seconds": round(time.time() - started, 1)}
     if "warning" in facts:
         print(f"warning: {facts['warning']}")
     metrics = history.finish(facts)

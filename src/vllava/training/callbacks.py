@@ -173,7 +173,7 @@ class History(L.Callback):
             self.rows.append(row)
             self.file.write(json.dumps(row, allow_nan=False) + "\n")
             self.file.flush()
-        self.extra = {}
+        self.extra.clear()
 
     def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         if trainer.is_global_zero:

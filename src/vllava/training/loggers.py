@@ -47,7 +47,7 @@ def no_logger(run_dir: Path, name: str, config: dict[str, Any]) -> None:
     """No logger: metrics.json, the loss curve and the report are written all the same."""
 
 
-def log_samples(logger: Logger | None, rows: list[dict[str, Any]]) -> None:
+def log_samples(logger: Logger | None, rows: list[dict[str, Any]], step: int | None = None) -> None:
     """Held-out samples as a W&B table: frames, question, answer, truth. `rows` as the report shows them."""
     if not isinstance(logger, WandbLogger) or not rows:
         return
@@ -58,4 +58,5 @@ def log_samples(logger: Logger | None, rows: list[dict[str, Any]]) -> None:
         [wandb.Html("".join(f'<img src="{uri}">' for uri in row["pictures"])), *(row[c] for c in columns[1:])]
         for row in rows
     ]
-    logger.experiment.log({"held_out_samples": wandb.Table(columns=columns, data=data)})
+    logged = {"held_out_samples": wandb.Table(columns=columns, data=data)}
+    logger.experiment.log(logged if step is None else {**logged, "trainer/global_step": step})
