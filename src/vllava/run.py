@@ -38,12 +38,21 @@ from vllava.training.callbacks import History, SaveToResume, Throughput, progres
 from vllava.training.finite import require_finite
 from vllava.training.loggers import log_samples
 from vllava.training.task import Task
-from vllava.watching import validation
+from vllava.watching import show_model, validation
 
 RESUME = "resume.ckpt"  # in a run's folder while it is unfinished
 MARK = ".vllava-run"  # in every run's folder: what lies there is a run's, and may be replaced by the next
 MOST_PROCESSES = 4  # on CPUs, unless trainer.devices says how many
-_WRITTEN = ("config.yaml", "metrics.json", "history.jsonl", "answers.jsonl", "broken.jsonl", "report.html", "loss.png")
+_WRITTEN = (
+    "config.yaml",
+    "metrics.json",
+    "history.jsonl",
+    "answers.jsonl",
+    "broken.jsonl",
+    "report.html",
+    "loss.png",
+    "model.txt",
+)
 
 
 def run(cfg: DictConfig) -> None:
@@ -120,6 +129,7 @@ def train(cfg: DictConfig) -> None:
         asked = {kind: folders for kind, folders in settings["preview"].items() if kind != "remedy"}
         preview = Preview(asked, task.specs, tokenizer, settings, settings["preview"]["remedy"])
     announce(cfg, task, data)
+    show_model(task.model, run_dir)
     history = History(run_dir)
     throughput = Throughput()
     watched = validation(settings, task, tokenizer, preview, history.extra.update)

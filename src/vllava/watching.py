@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import nn
 
 from vllava.errors import UserError
 from vllava.evaluation.held_out import HeldOutRows
 from vllava.evaluation.preview import Preview
+from vllava.model.tree import tree
 from vllava.training.loggers import log_samples
 from vllava.training.task import Task
 from vllava.training.validation import Validation, Watch
+
+MODEL = "model.txt"  # in a run's folder
 
 
 def validation(
@@ -40,6 +46,8 @@ def validation(
 
 def _answers(preview: Preview) -> Callable[[Task], list[dict[str, Any]]]:
     def answers(task: Task) -> list[dict[str, Any]]:
+        if not task.trainer.loggers:
+            return []
         # All ranks answer the same samples: where the model is shared out, none can without the others, and all have
         # to go on until the last has ended.
         together = {"synced_gpus": True} if task.sharded and task.trainer.world_size > 1 else {}
@@ -50,3 +58,10 @@ def _answers(preview: Preview) -> Callable[[Task], list[dict[str, Any]]]:
 
 def _show(trainer: L.Trainer, rows: list[dict[str, Any]]) -> None:
     log_samples(trainer.logger, rows, trainer.global_step)
+
+
+@rank_zero_only
+def show_model(model: nn.Module, run_dir: Path) -> None:
+    """Print the model's parts with what trains of each, and write all of them to model.txt."""
+    print(tree(model, depth=2), flush=True)
+    (run_dir / MODEL).write_text(tree(model) + "\n", encoding="utf-8")

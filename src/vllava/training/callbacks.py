@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
 from vllava.batch import Batch, Step
 from vllava.model.flops import peak
+from vllava.training.task import Task
 
 matplotlib.use("Agg")
 
@@ -53,6 +54,8 @@ class Throughput(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, batch: Any, batch_idx: int) -> None:
         self.began = time.perf_counter()
         self.waited = self.began - getattr(self, "ended", self.began)
+        if isinstance(task, Task):  # neither work nor waiting for data
+            self.waited, task.seconds_aside = max(self.waited - task.seconds_aside, 0.0), 0.0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Step, batch_idx: int

@@ -82,6 +82,7 @@ class Task(L.LightningModule):
         self.seed = torch.initial_seed()
         self.tokens_seen = 0
         self.totals: dict[str, float] = {}  # of the last step, over all ranks: samples, tokens, terms, flops
+        self.seconds_aside = 0.0  # since the last step, on what is not training: whoever takes them adds them
         self.skipped: list[dict[str, Any]] = []  # steps that changed nothing: their loss or gradient was not finite
         self.skipped_in_a_row = 0
         self.scaler_skips = 0  # steps in float16 that its scaler left out, to scale the next ones less

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class Validation(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
         assert isinstance(task, Task)
-        step = trainer.global_step
+        step, began = trainer.global_step, time.perf_counter()
         if step % self.watch.every_steps and step != self.end:
             return
         with untouched(task):
@@ -124,6 +125,7 @@ class Validation(L.Callback):
         if answers and trainer.is_global_zero:
             self.show_rows(trainer, answers)
         self._judge(trainer, step)
+        task.seconds_aside += time.perf_counter() - began
 
     @torch.no_grad()
     def losses(self, trainer: L.Trainer, task: Task) -> dict[str, float]:
