@@ -90,6 +90,7 @@ def quiet(level: str) -> None:
         logging.getLogger(name).setLevel(level)
     transformers.utils.logging.set_verbosity(getattr(logging, level))
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # float16 may leave the first step out
     warnings.filterwarnings("ignore", module="lightning")  # advice about checkpoints and modes chosen on purpose
 
 
