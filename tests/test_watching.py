@@ -22,7 +22,7 @@ from vllava.evaluation.held_out import HeldOutRows, short_names
 from vllava.model.flops import costs_of, peak
 from vllava.model.lora import Lora, add_lora
 from vllava.model.tree import tree
-from vllava.training.callbacks import History, Throughput, plain
+from vllava.training.callbacks import History, Throughput, plain, read_history
 from vllava.training.finite import IN_A_ROW, OnNan, require_finite
 from vllava.training.stage import Stage
 from vllava.training.task import Recipe, freeze_all_but
@@ -470,6 +470,11 @@ def test_history_and_metrics_are_json_whatever_the_numbers(model, steps, tmp_pat
     assert [row["loss"] is None for row in rows] == [False, True, False]
     metrics = strict((tmp_path / "metrics.json").read_text())
     assert metrics["odd"] is None and metrics["many"] == [None, 1.0] and metrics["skipped_steps"][0]["step"] == 2
+
+
+def test_a_history_that_a_kill_cut_off_is_read_up_to_there(tmp_path):
+    (tmp_path / "history.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": nu')
+    assert read_history(tmp_path / "history.jsonl") == [{"step": 1, "loss": 2.0}]
 
 
 def test_the_tree_adds_up_and_folds_layers_that_are_alike(model):

@@ -164,8 +164,7 @@ class History(L.Callback):
         if trainer.is_global_zero:
             path = self.run_dir / "history.jsonl"
             if trainer.global_step and path.is_file():  # resumed: keep what came before
-                rows = [json.loads(line) for line in path.read_text().splitlines()]
-                self.rows = [row for row in rows if row["step"] <= trainer.global_step]
+                self.rows = [row for row in read_history(path) if row["step"] <= trainer.global_step]
             self.file = open(path, "w")  # noqa: SIM115
             self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
 
@@ -194,6 +193,17 @@ class History(L.Callback):
         (self.run_dir / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
         plot_loss(self.rows, self.run_dir / "loss.png")
         return metrics
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The rows of a history, up to one that a kill cut off."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def plain(value: Any) -> Any:
