@@ -57,7 +57,8 @@ def _answers(preview: Preview) -> Callable[[Task], list[dict[str, Any]]]:
 
 
 def _show(trainer: L.Trainer, rows: list[dict[str, Any]]) -> None:
-    log_samples(trainer.logger, rows, trainer.global_step)
+    for logger in trainer.loggers:
+        log_samples(logger, rows, trainer.global_step)
 
 
 @rank_zero_only

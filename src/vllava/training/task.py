@@ -246,8 +246,8 @@ class Task(L.LightningModule):
             self.skipped_in_a_row = 0
             return True
         if math.isfinite(loss) and self._scaler is not None and self._scaler.get_scale() > 1:
-            self.scaler_skips += 1  # the scaler has found it too: it leaves the step out and scales the next one less
-            return True
+            self.scaler_skips += 1  # the scaler has found it too, and scales the next step less
+            return False
         suspects, everything = described(self._current[0], self._losses)
         suspects = self._of_all_ranks(suspects) if not math.isfinite(loss) else []
         keys = suspects or self._of_all_ranks(everything)
@@ -268,8 +268,8 @@ class Task(L.LightningModule):
         loss, norm = self._read
         self._log("lr", rates[0], prog_bar=True)
         if len(rates) > 1:
-            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-                self._log(f"lr/{group['name']}", rate)
+            for name, rate in zip(self._groups, rates, strict=True):
+                self._log(f"lr/{name}", rate)
         scheduler.step()
         self._log("loss", loss, prog_bar=True)
         self._log("gradient_norm", norm, prog_bar=True)
@@ -291,12 +291,9 @@ class Task(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, recipe, self.trained),
-            lr=recipe.lr,
-            betas=recipe.betas,
-            weight_decay=recipe.weight_decay,
-        )
+        groups = parameter_groups(self.model, recipe, self.trained)
+        self._groups = [group.pop("name") for group in groups]
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
         steps = self._planned_steps()
         schedule = get_cosine_schedule_with_warmup(optimizer, int(steps * recipe.warmup_ratio), steps)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
