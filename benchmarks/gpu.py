@@ -14,11 +14,12 @@ from benchmarks.timing import take_turns, timed
 from vllava.batch import MediumSpec
 from vllava.model.attention import PACKED
 from vllava.model.encoders import Encoder
+from vllava.model.flops import peak as peak_of
 from vllava.model.languagebind import VisionTower
 from vllava.model.lora import Lora, add_lora
 from vllava.model.precision import halve_frozen
 from vllava.model.video_llava import VideoLlava
-from vllava.plan import GPUS, PUBLISHED, Plan, configured, make
+from vllava.plan import PUBLISHED, Plan, configured, make
 
 HEADER = (
     "Vicuna-7B and LanguageBind geometry, random weights, packed micro-batches of 8,192 tokens, bf16; MFU: FLOPs of "
@@ -137,5 +138,4 @@ def _name(device: torch.device) -> str:
 
 def _peak(device: torch.device) -> float | None:
     """The card's dense bf16 peak in TFLOP/s, if it is one we know."""
-    name = _name(device).lower()
-    return next((peak for gpu, (_, peak) in GPUS.items() if gpu.split("-")[0] in name.replace(" ", "")), None)
+    return peak_of(_name(device))

@@ -31,6 +31,7 @@ def train(tmp_path_factory):
         given = [f"+experiment={stage}", f"world={world}", f"run_dir={folder}", "logger=none", "data.workers=0"]
         given += [f"trainer.max_steps={STEPS}", "trainer.precision=32-true", "trainer.accelerator=cpu"]
         given += ["data.token_budget=700"]  # so that ranks differ in their number of micro-batches
+        given += ["validation.every_steps=5", "validation.samples=7"]
         if stage == "stage2":
             given.append("projector=null")
         command = [sys.executable, "train.py", *given, *settings]
@@ -71,6 +72,9 @@ def test_two_processes_have_the_losses_and_end_with_the_weights_of_one(train, st
         together, two = train(stage, trainer, f"trainer={trainer}", "trainer.devices=2")
         for key, tolerance in (("loss", 1e-5), ("gradient_norm", 1e-4), ("lr", 1e-9)):
             assert [row[key] for row in together] == pytest.approx([row[key] for row in alone], abs=tolerance), trainer
+        for step in (4, 9):  # held-out samples: one number, whatever the number of ranks
+            for name in ("val_loss", "val_loss/image", "val_loss/videos"):
+                assert together[step][name] == pytest.approx(alone[step][name], abs=1e-5), trainer
         for file in one.glob("checkpoint/**/*.safetensors"):
             mine, theirs = load_file(file), load_file(two / file.relative_to(one))
             assert mine.keys() == theirs.keys()

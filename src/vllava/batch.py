@@ -103,6 +103,7 @@ class Step(_Movable):
     dropped_turns: int = 0  # first turns from gpt, which no question came before
     drawn: dict[int, int] = field(default_factory=dict)  # samples by the number of their source
     more: bool = False  # whether this is but a part, and another one follows
+    keys: list[str] = field(default_factory=list)  # of the samples in it, each with its shard
 
     @classmethod
     def joined(cls, parts: Sequence[Step]) -> Step:
@@ -117,6 +118,7 @@ class Step(_Movable):
             tracebacks={key: text for part in parts for key, text in part.tracebacks.items()},
             dropped_turns=sum(part.dropped_turns for part in parts),
             drawn=dict(drawn),
+            keys=[key for part in parts for key in part.keys],
         )
 
 

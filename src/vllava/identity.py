@@ -76,6 +76,9 @@ def identity_of(settings: Mapping[str, Any]) -> Identity:
         kinds = data.get("modalities") or data["sources"]
         named = {kind: listed for kind, listed in data["sources"].items() if listed and kind in kinds}
         identity["data"]["sources"] = _sources(named, data)
+    watched = settings.get("validation") or {}
+    if watched.get("early_stop"):  # when a run is stopped early decides too
+        identity["validation"] = dict(watched)
     return _with_fingerprints(identity)
 
 

@@ -24,6 +24,8 @@ from vllava.data.shards import read_sources
 from vllava.errors import UserError, stop
 from vllava.model.encoders import depth_of, vision_config
 from vllava.model.files import Checkpoint
+from vllava.model.flops import costs as flops_of
+from vllava.model.flops import peak, vision_flops
 from vllava.model.languagebind import VisionTower
 from vllava.model.projector import projector
 from vllava.model.video_llava import context_of
@@ -42,14 +44,15 @@ PUBLISHED: dict[str, PreTrainedConfig] = {
     "openai/clip-vit-large-patch14": CLIPVisionConfig(**_VIT_L, patch_size=14, add_time_attn=False, num_frames=1),
     "facebook/vit-mae-large": ViTMAEConfig(**_VIT_L, patch_size=16),
 }
-GPUS = {  # memory in GB, dense bf16 peak in TFLOP/s: the makers' data sheets
-    "a100-40g": (40, 312),
-    "a100-80g": (80, 312),
-    "h100-80g": (80, 989),
-    "h200-141g": (141, 989),
-    "l40s-48g": (48, 362),
-    "rtx4090-24g": (24, 165),
+_CARDS = {  # memory in GB, and a name by which the card's peak is known
+    "a100-40g": (40, "A100"),
+    "a100-80g": (80, "A100"),
+    "h100-80g": (80, "H100"),
+    "h200-141g": (141, "H200"),
+    "l40s-48g": (48, "L40S"),
+    "rtx4090-24g": (24, "RTX 4090"),
 }
+GPUS = {card: (memory, peak(name) or 0) for card, (memory, name) in _CARDS.items()}  # GB, dense bf16 TFLOP/s
 GB = 1e9
 _RECIPE = {"samples": dict[str, Whole], "text_tokens": dict[str, NotNegative], "supervised_share": Share}  # in recipes
 
@@ -111,7 +114,7 @@ def plan_encoder(settings: dict[str, Any], kind: str) -> Encoder:
         width, inner, depth = mae.hidden_size, mae.intermediate_size, depth_of(layer, mae.num_hidden_layers)
         each = 4 * width * (width + 1) + 2 * width * inner + inner + width + 4 * width  # attention, MLP, layer norms
         embeddings = 3 * mae.patch_size**2 * width + width + (patches + 1) * width + width
-        flops = _transformer_flops(each * depth + embeddings, depth, width, patches + 1, causal=False)
+        flops = vision_flops(each * depth + embeddings, depth, width, patches)
         return Encoder(each * depth + embeddings, width, patches, flops, MediumSpec(mae.image_size, patches, 1, width))
     config: Any = PUBLISHED[path] if known else vision_config(Checkpoint(path))
     frames = (settings.get("frames") or config.num_frames) if kind == "video" else 1
@@ -119,12 +122,12 @@ def plan_encoder(settings: dict[str, Any], kind: str) -> Encoder:
         tower = VisionTower(config, layer)
     size = sum(p.numel() for p in tower.parameters())
     patches = (config.image_size // config.patch_size) ** 2
-    per_frame = _transformer_flops(size, tower.depth, config.hidden_size, patches + 1, causal=False)
-    if getattr(config, "add_time_attn", False):
-        per_frame += tower.depth * 4 * frames * config.hidden_size * (patches + 1)  # scores and sums over the frames
+    flops = vision_flops(
+        size, tower.depth, config.hidden_size, patches, frames, temporal=getattr(config, "add_time_attn", False)
+    )
     tokens = frames * (patches + 1) if kind == "video" else patches
     spec = MediumSpec(config.image_size, tokens, frames, config.hidden_size)
-    return Encoder(size, config.hidden_size, tokens, frames * per_frame, spec)
+    return Encoder(size, config.hidden_size, tokens, flops, spec)
 
 
 def plan_encoders(settings: dict[str, Any]) -> dict[str, Encoder]:
@@ -142,11 +145,6 @@ def context(settings: dict[str, Any]) -> int | None:
     return context_of(config_at(llm["path"])) if "path" in llm else llm.get("max_position_embeddings")
 
 
-def _transformer_flops(parameters: float, layers: int, width: int, tokens: float, causal: bool) -> float:
-    """One forward pass: 2 FLOPs for each weight and token, and 4 for each pair of tokens, width and layer."""
-    return 2 * parameters * tokens + 4 * layers * width * tokens**2 * (0.5 if causal else 1)
-
-
 def make(settings: dict[str, Any], gpus: int) -> Plan:
     """The plan of a resolved configuration."""
     recipe = _recipe(settings)
@@ -157,10 +155,9 @@ def make(settings: dict[str, Any], gpus: int) -> Plan:
     width = config.hidden_size
     parameters = {f"{kind} encoder": encoder.parameters for kind, encoder in encoders.items()}
     features = next(encoder.width for encoder in encoders.values())
-    parameters["projector"] = sum(p.numel() for p in projector(features, width).parameters())
+    connector = projector(features, width)
+    parameters["projector"] = sum(p.numel() for p in connector.parameters())
     parameters["llm"] = sum(p.numel() for p in llm.parameters())
-    head = config.vocab_size * width
-    body = parameters["llm"] - head * (1 if config.tie_word_embeddings else 2)
     trained = ["projector"] if "projector" in settings["task"]["trained"] else []
     lora = settings["model"].get("lora")
     if lora:
@@ -184,18 +181,15 @@ def make(settings: dict[str, Any], gpus: int) -> Plan:
             f"The recipe says nothing of the tokens that the text of a sample of {kind} has. Give their mean: "
             f"+recipes.{stage}.text_tokens.{kind}=NUMBER"
         )
+    media = {kind: encoder.flops for kind, encoder in encoders.items()}
+    costs = flops_of(llm, connector, media, float("llm" in trained), parameters.get("adapters", 0))
     flops = {}
-    # A trained weight costs a forward and two backward products; a frozen one, through which gradients pass, one less.
-    through = 3 if "llm" in trained else 2
     for kind in samples:
-        medium = encoders.get(kind)
-        visual, text = (medium.tokens if medium else 0), recipe["text_tokens"][kind]
-        total = _transformer_flops(body, config.num_hidden_layers, width, visual + text, causal=True)
-        total += 2 * head * text * recipe["supervised_share"]
-        flops[kind] = (medium.flops if medium else 0) + through * total + 3 * 2 * parameters["projector"] * visual
-        if lora:
-            flops[kind] += 3 * 2 * parameters["adapters"] * (visual + text)
-    memory, host = _memory(settings, parameters, trained, config, gpus, body / config.num_hidden_layers)
+        visual, text = (encoders[kind].tokens if kind in encoders else 0), recipe["text_tokens"][kind]
+        supervised = text * recipe["supervised_share"]
+        encoded = {kind: 1} if kind in encoders else {}
+        flops[kind] = costs.flops(visual + text, (visual + text) ** 2, visual, supervised, encoded)
+    memory, host = _memory(settings, parameters, trained, config, gpus, costs.body / costs.layers)
     return Plan(
         parameters,
         tuple(trained),

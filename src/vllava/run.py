@@ -40,8 +40,10 @@ from vllava.runs import Run, claim, is_first_process, occupied, place, read_run
 from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, SaveToResume, Throughput, progress_bar
 from vllava.training.continued import Follow
+from vllava.training.finite import require_finite
 from vllava.training.loggers import log_samples
 from vllava.training.task import Task
+from vllava.watching import show_model, validation
 
 RESUME = "resume.ckpt"  # in a run's folder while it is unfinished
 MOST_PROCESSES = 4  # on CPUs, unless trainer.devices says how many
@@ -107,6 +109,7 @@ def quiet(level: str) -> None:
         for handler in logging.getLogger().handlers:
             if type(handler) is logging.StreamHandler:
                 handler.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # float16 may leave the first step out
     warnings.filterwarnings("ignore", module="lightning")  # advice about checkpoints and modes chosen on purpose
 
 
@@ -145,10 +148,12 @@ def train(cfg: DictConfig) -> None:
     if settings["preview"]:
         asked = {kind: folders for kind, folders in settings["preview"].items() if kind != "remedy"}
         preview = Preview(asked, task.specs, tokenizer, settings, settings["preview"]["remedy"])
-    history = History(run_dir)
-    trainer = build_trainer(cfg, settings, [Throughput(), history, progress_bar()], task)
+    history, throughput = History(run_dir), Throughput()
+    watched = validation(settings, task, tokenizer, preview, history.extra.update)
+    trainer = build_trainer(cfg, settings, [throughput, *watched, history, progress_bar()], task)
     data.trainer = trainer  # which may limit an epoch
     announce(cfg, task, data)
+    show_model(task.model, run_dir)
     with in_words():
         trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
     if not trainer.is_global_zero:
@@ -158,8 +163,12 @@ def train(cfg: DictConfig) -> None:
         task.model = instantiate(cfg.model)  # its frozen weights are what they were
         left_over = task.model.load_state_dict(weights, strict=False).unexpected_keys
         assert not left_over, left_over
+    require_finite(task.trained_weights())
     task.export(run_dir / "checkpoint", tokenizer, settings)
-    facts = {**task.facts(), **cut_short(task), "seconds": round(time.time() - started, 1)}
+    facts = {**task.facts(), **cut_short(task), **throughput.facts()}
+    for callback in watched:
+        facts |= callback.facts()
+    facts = {**facts, "seconds": round(time.time() - started, 1)}
     if "warning" in facts:
         print(f"warning: {facts['warning']}")
     metrics = history.finish(facts)

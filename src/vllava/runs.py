@@ -24,7 +24,10 @@ MARK = ".vllava-run"  # in every run's folder: what lies there is a run's; and t
 RECORD = "run.json"
 METRICS = "metrics.json"
 KEPT = ("checkpoint", METRICS, "report.html")  # what a finished run must still have, of what it left
-_WRITTEN = ("config.yaml", METRICS, "history.jsonl", "answers.jsonl", "broken.jsonl", "report.html", "loss.png")
+_WRITTEN = (
+    *("config.yaml", METRICS, "history.jsonl", "answers.jsonl", "broken.jsonl", "report.html", "loss.png"),
+    "model.txt",
+)
 _ANOTHER = "choose another folder with run_dir=…"  # what to do about most of it
 
 

@@ -59,6 +59,7 @@ def settle(cfg: DictConfig) -> None:
             )
         _settle_preview(cfg, held_out, own, toy.get("preview"))
         _settle_evaluation(cfg, held_out, own, toy.get("evaluation", {}))
+        _settle_validation(cfg, held_out, own, toy.get("preview"))
         trained = {folder for sources in named.values() for listed in sources.values() for folder in listed}
         for folder in [f for asked in _asked(cfg).values() for f in asked.values() if f in trained]:
             _warn("%s is evaluated on and trained on: its figures say what was learnt by heart", shown(folder))
@@ -93,6 +94,22 @@ def _settle_evaluation(cfg: DictConfig, held_out: Folders, own: bool, toys: dict
     else:
         node.sources = None
         _fill(node, toys)
+
+
+def _settle_validation(cfg: DictConfig, held_out: Folders, own: bool, toys: dict | None) -> None:
+    """Which held-out shards a run looks at while it trains: its own, those of the evaluation, or those of previews."""
+    node = cfg.validation
+    if not node or node.every_steps is None or cfg.chain or cfg.experiment == EVALUATE:
+        return
+    named = questions("validation.sources", _plain(node, "sources"))
+    shown = {key: value for key, value in (_plain(cfg, "preview") or {}).items() if key != "remedy"}
+    candidates = [named, _asked(cfg), questions("data.held_out", held_out), questions("preview", shown)]
+    toy = {} if own or not toys else {key: value for key, value in toys.items() if key != "remedy"}
+    found = next((f for c in [*candidates, questions("preview", toy)] if (f := _of_run(cfg, c))), None)
+    if not found:
+        raise UserError(f"validation.every_steps={node.every_steps}, but no held-out shards are named. {NAME_HELD_OUT}")
+    node.sources = found
+    node.remedy = toys["remedy"] if toys and not own else REMEDY
 
 
 def _asked(cfg: DictConfig) -> dict[str, dict[str, str]]:

@@ -53,7 +53,8 @@ def check_spelling(overrides: Iterable[str]) -> None:
         near = difflib.get_close_matches(found[2], ("sources", "held_out"), 1, 0.8) if found else []
         if found and near and near[0] != found[2]:
             raise UserError(f"Unknown key {found[1]}{found[2]}: did you mean {found[1]}{near[0]}?")
-    keys = rf"[+~]*((?:data\.(?:(?:{'|'.join(STAGES)})\.)?sources|data\.held_out|evaluation\.sources|preview))"
+    of_data = rf"data\.(?:(?:{'|'.join(STAGES)})\.)?sources|data\.held_out"
+    keys = rf"[+~]*((?:{of_data}|(?:evaluation|validation)\.sources|preview))"
     for override in overrides:
         if found := re.match(rf"{keys}(?:\.|=\{{\s*)(\w+)", override):
             _require_modality(found[1], found[2])

@@ -69,6 +69,7 @@ class ShardDataset(Dataset):
             try:
                 sample = self.decode(*self.reader.read(shard, index))
                 prepared.append(self.assembler.prepare(sample))
+                step.keys.append(key)
                 step.dropped_turns += sample.dropped_turns
             except RemoteUserError:  # of a server, not of the sample
                 raise

@@ -153,13 +153,14 @@ def answer_all(
     batch_size: int,
     max_new_tokens: int,
     blind: bool = False,
+    **sampling: Any,
 ) -> list[Answer]:
     """Ask about every sample; `blind` takes the media and their placeholders away, to see what the words give away."""
     answers = []
     for start in range(0, len(samples), batch_size):
         chunk = samples[start : start + batch_size]
         asked = [_blinded(sample) for sample in chunk] if blind else chunk
-        texts = ask(model, packer, asked, max_new_tokens)
+        texts = ask(model, packer, asked, max_new_tokens, **sampling)
         answers += [_answer(sample, text) for sample, text in zip(chunk, texts, strict=True)]
     return answers
 

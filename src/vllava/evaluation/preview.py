@@ -48,8 +48,12 @@ class Preview:
 
     def rows(self, model: Any) -> list[dict[str, Any]]:
         """What the report and the W&B table show: pictures, question, answer, truth."""
+        return self.answered(model.to(best_device()).eval()) if self.samples else []
+
+    def answered(self, model: Any, **sampling: Any) -> list[dict[str, Any]]:
+        """As `rows`, by a model where it is and as it is; `sampling` goes to the generation."""
         if not self.samples:
             return []
-        model = model.to(best_device()).eval()
-        answers = answer_all(model, self.packer, self.samples, batch_size=len(self.samples), max_new_tokens=32)
+        size = len(self.samples)
+        answers = answer_all(model, self.packer, self.samples, batch_size=size, max_new_tokens=32, **sampling)
         return sample_rows(self.samples, answers)

@@ -17,7 +17,8 @@ def shard(model: VideoLlava, mesh: Any) -> None:
     for layer in layers_of(model.llm):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=set(model.encoders.parameters()))
-    register_fsdp_forward_method(cast(nn.Module, model), "loss_sum")
+    for method in ("loss_sum", "generate"):
+        register_fsdp_forward_method(cast(nn.Module, model), method)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

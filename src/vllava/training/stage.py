@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from vllava.batch import Batch, MediumSpec, idle_batch
 from vllava.model.checkpoint import TOKENIZER, Description, save_trained
+from vllava.model.flops import Costs, costs_of
 from vllava.model.lora import merged
 from vllava.model.sharding import shard
 from vllava.model.video_llava import VideoLlava
@@ -26,6 +28,16 @@ class Stage(Task):
 
     def loss_terms(self, batch: Batch) -> int:
         return batch.num_supervised
+
+    def tokens(self, batch: Batch) -> int:
+        return int(batch.cu_seqlens[-1])
+
+    def flops(self, batch: Batch) -> float:
+        return self._costs.of(batch)
+
+    @cached_property
+    def _costs(self) -> Costs:
+        return costs_of(self.model)
 
     def idle_loss(self) -> Tensor:
         return self.model.loss_sum(idle_batch().to(self.device)) * 0

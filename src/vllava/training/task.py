@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
@@ -16,11 +16,15 @@ from torch.distributed.tensor import DTensor
 from transformers import get_cosine_schedule_with_warmup
 
 from vllava.batch import MediumSpec, Step
-from vllava.checks import NotNegative, Positive, Share, ShareBelowOne
+from vllava.checks import OneOf, Share
 from vllava.errors import UserError
 from vllava.model.sharding import whole_state
 from vllava.training.broken import BrokenLimit, BrokenList
+from vllava.training.finite import ACTIONS, OnNan, described
+from vllava.training.recipe import Recipe, freeze_all_but, parameter_groups
 from vllava.training.strategies import DeepSpeed
+
+log = logging.getLogger(__name__)
 
 KEPT = 100  # broken samples in memory and in checkpoints
 _COUNTS = (
@@ -30,43 +34,13 @@ _COUNTS = (
     "turns_dropped",
     "broken_by_shard",
     "drawn",
+    "tokens_seen",
+    "skipped",
+    "skipped_in_a_row",
+    "scaler_skips",
 )  # what a checkpoint keeps of them
 
-
-def freeze_all_but(model: nn.Module, trained: list[str]) -> dict[str, int]:
-    """Freeze every parameter except those of the named submodules (or parameters); returns the count of each.
-
-    A name may be a pattern: `llm.*.lora_*` are the LLM's adapters. This is the only place that decides what a stage
-    trains. Raises UserError for a name the model lacks.
-    """
-    model.requires_grad_(False)
-    counts = {}
-    for name in trained:
-        chosen = [parameter for full, parameter in model.named_parameters() if _is_of(full, name)]
-        if not chosen:
-            names = ", ".join(dict.fromkeys(full.split(".")[0] for full, _ in model.named_parameters()))
-            raise UserError(f"task.trained names {name!r}, which the model does not have; it has: {names}.")
-        for parameter in chosen:
-            parameter.requires_grad_(True)
-        counts[name] = sum(p.numel() for p in chosen)
-    return counts
-
-
-def _is_of(parameter: str, name: str) -> bool:
-    """Whether a parameter is, or belongs to, what a name or pattern says."""
-    return fnmatchcase(parameter, name) or fnmatchcase(parameter, f"{name}.*")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a task optimises: AdamW with cosine decay (paper, Table 7 and section 4.1.3)."""
-
-    lr: Positive
-    lr_of: dict[str, Positive] = field(default_factory=dict)  # of what `trained` names, where it is another
-    warmup_ratio: Share = 0.03
-    weight_decay: NotNegative = 0.0
-    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
-    clip_norm: Positive = 1.0
+__all__ = ["Recipe", "Task", "freeze_all_but"]
 
 
 class Task(L.LightningModule):
@@ -79,12 +53,21 @@ class Task(L.LightningModule):
 
     shares_batches = False  # whether processes may share a global batch out without changing what is learnt
 
-    def __init__(self, model: nn.Module, trained: list[str], recipe: Recipe, max_broken_share: Share = 0.01) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: list[str],
+        recipe: Recipe,
+        max_broken_share: Share = 0.01,
+        on_nan: Annotated[str, OneOf(ACTIONS)] = "stop",
+        max_skipped: Share = 0.01,
+    ) -> None:
         super().__init__()
         self.model = model
         self.recipe = Recipe(**recipe) if not isinstance(recipe, Recipe) else recipe
         BrokenLimit(max_broken_share)
         self.max_broken_share = max_broken_share
+        self.on_nan = OnNan(on_nan, max_skipped)
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in the checkpoints
         self.trained = freeze_all_but(model, trained)
@@ -98,6 +81,14 @@ class Task(L.LightningModule):
         self.sources: list[str] = []  # of the data, by their number
         self.drawn: list[int] = []  # samples of each
         self.seed = torch.initial_seed()
+        self.tokens_seen = 0
+        self.totals: dict[str, float] = {}  # of the last step, over all ranks: samples, tokens, terms, flops
+        self.seconds_aside = 0.0  # since the last step, on what is not training: whoever takes them adds them
+        self.skipped: list[dict[str, Any]] = []  # steps that changed nothing: their loss or gradient was not finite
+        self.skipped_in_a_row = 0
+        self.scaler_skips = 0  # steps in float16 that its scaler left out, to scale the next ones less
+        self._losses: list[Tensor] = []  # of the micro-batches of the step
+        self._read: tuple[float, float] = (0.0, 0.0)  # its loss and gradient norm over all ranks
 
     def loss_sum(self, batch: Any) -> Tensor:
         """The summed loss of a micro-batch."""
@@ -106,6 +97,14 @@ class Task(L.LightningModule):
     def loss_terms(self, batch: Any) -> int:
         """How many terms `loss_sum` adds up."""
         raise NotImplementedError
+
+    def tokens(self, batch: Any) -> int:
+        """The tokens of a micro-batch, visual ones included; 0 where a task has none."""
+        return 0
+
+    def flops(self, batch: Any) -> float:
+        """What a micro-batch costs, forward and backward; 0 where a task does not know."""
+        return 0.0
 
     def idle_loss(self) -> Tensor:
         """A loss of zero in which every trained parameter has a part: the turn of a rank that has no micro-batch."""
@@ -128,7 +127,15 @@ class Task(L.LightningModule):
         raise NotImplementedError
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self.sharded:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeed) and self.on_nan.action == "skip":
+            raise UserError("task.on_nan=skip is not for DeepSpeed, which clips and steps at once: take trainer=fsdp.")
+        if isinstance(strategy, ModelParallelStrategy) and self._half:
+            raise UserError(
+                "trainer=fsdp does not train in float16: trainer.precision=bf16-mixed, or 32-true where the device "
+                "has no bfloat16; trainer=ddp does."
+            )
+        if isinstance(strategy, ModelParallelStrategy) and not self.sharded:
             self.shard(self.device_mesh["data_parallel"])  # type: ignore[index]
             self.sharded = True
 
@@ -152,20 +159,10 @@ class Task(L.LightningModule):
             self.broken_list.start(self.global_step)
 
     def training_step(self, step: Step, index: int) -> None:
-        terms = sum(self.loss_terms(batch) for batch in step.micro_batches)
-        drawn = [step.drawn.get(source, 0) for source in range(len(self.sources))]
-        counts = [terms, step.samples, len(step.broken), step.dropped_turns, *drawn]
-        summed = self.trainer.strategy.reduce(
-            torch.tensor(counts, dtype=torch.float32, device=self.device), reduce_op="sum"
-        )
-        counted = list(map(int, summed.tolist()))
-        self._require_whole(counted[1])
-        self._count(step, *counted[1:4])
-        self.drawn = [before + now for before, now in zip(self.drawn, counted[4:], strict=True)]
+        total = self._count(step)
         # Dropout and masks follow from the step alone: a resumed run draws what an undisturbed one would.
         torch.manual_seed(self.seed + self.global_step * self.trainer.world_size + self.global_rank)
-        total = summed[0].clamp(min=1)
-        loss = torch.zeros((), device=self.device)
+        self._losses = []
         # Every rank takes as many turns as the one with the most micro-batches: each is a collective operation.
         own_turns = torch.tensor(len(step.micro_batches), device=self.device)  # NCCL reduces on GPUs only
         turns = int(self.trainer.strategy.reduce(own_turns, reduce_op="max"))
@@ -177,25 +174,111 @@ class Task(L.LightningModule):
                 # Gradients are averaged over ranks: times world_size makes that average a sum.
                 part = part * (self.trainer.world_size / total)
                 self.manual_backward(part)
-            loss += part.detach()
-        gradient_norm = self._clip_and_step()
-        scheduler: Any = self.lr_schedulers()
-        self.log("lr", scheduler.get_last_lr()[0], prog_bar=True)
-        scheduler.step()
-        self.log("loss", self.trainer.strategy.reduce(loss, reduce_op="mean"), prog_bar=True)
-        self.log("gradient_norm", gradient_norm)
+            self._losses.append(part.detach())
+        loss = sum(self._losses, torch.zeros((), device=self.device))
+        self._clip_and_step(step, self.trainer.strategy.reduce(loss, reduce_op="mean"))
+        self._log_step()
 
-    def _clip_and_step(self) -> Any:
-        """Take the optimiser's step; returns the norm that the gradient had before it was clipped."""
+    def _count(self, step: Step) -> Tensor:
+        """Add up what the ranks' shares of a step hold; returns its loss terms, at least one, on the device."""
+        batches = step.micro_batches
+        drawn = [step.drawn.get(source, 0) for source in range(len(self.sources))]
+        terms, tokens = (sum(map(count, batches)) for count in (self.loss_terms, self.tokens))
+        teraflops = sum(map(self.flops, batches)) / 1e12
+        counts = [terms, step.samples, len(step.broken), step.dropped_turns, tokens, teraflops, *drawn]
+        summed = self.trainer.strategy.reduce(
+            torch.tensor(counts, dtype=torch.float32, device=self.device), reduce_op="sum"
+        )
+        counted = summed.tolist()
+        terms, samples, broken, dropped, tokens = map(int, counted[:5])
+        self._require_whole(samples)
+        self._count_samples(step, samples, broken, dropped)
+        self.drawn = [before + int(now) for before, now in zip(self.drawn, counted[6:], strict=True)]
+        self.tokens_seen += tokens
+        self.totals = {"terms": terms, "samples": samples, "tokens": tokens, "flops": counted[5] * 1e12}
+        return summed[0].clamp(min=1)
+
+    def _clip_and_step(self, step: Step, loss: Tensor) -> None:
+        """Take the optimiser's step, unless the loss or the gradient is not finite."""
         optimizer: Any = self.optimizers()
-        if isinstance(self.trainer.strategy, DeepSpeed):
+        self._current = step, loss
+        if isinstance(self.trainer.strategy, DeepSpeed):  # which clips and steps at once
+            self._judge(float(loss), 0.0)
             optimizer.step()
-            return self.trainer.strategy.deepspeed_engine.get_global_grad_norm()
+            norm = float(self.trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0)
+            if self._half and not math.isfinite(norm):  # left out by its own scaler
+                self._read, self.scaler_skips = (float(loss), norm), self.scaler_skips + 1
+            else:
+                self._judge(float(loss), norm)
+        else:
+            if self._scaler is None:
+                self._clip(optimizer)
+            optimizer.step()  # with a scaler it calls `on_before_optimizer_step`, when it has divided the gradients
+            optimizer.zero_grad()
+        del self._current
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self._scaler is not None and not isinstance(self.trainer.strategy, DeepSpeed):
+            self._clip(optimizer)
+
+    @property
+    def _scaler(self) -> Any:
+        """What multiplies losses in float16, if the run computes in it."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
+    @property
+    def _half(self) -> bool:
+        """Whether the run computes in float16."""
+        return str(self.trainer.precision).startswith("16")
+
+    def _clip(self, optimizer: Any) -> None:
+        """Clip the gradient; drops it where the step is to be skipped: an optimiser leaves alone what has none."""
         trained = [p for p in self.parameters() if p.requires_grad]
         norm: Any = nn.utils.clip_grad_norm_(trained, self.recipe.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # The step's one wait for the device; what is logged is read here as well.
+        if not self._judge(*torch.stack([self._current[1], norm.to(self._current[1])]).tolist()):
+            optimizer.zero_grad()
+
+    def _judge(self, loss: float, norm: float) -> bool:
+        """Whether a step may be taken; raises UserError, on all ranks, where it ends the run."""
+        self._read = loss, norm
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return True
+        if math.isfinite(loss) and self._scaler is not None and self._scaler.get_scale() > 1:
+            self.scaler_skips += 1  # the scaler has found it too, and scales the next step less
+            return False
+        suspects, everything = described(self._current[0], self._losses)
+        suspects = self._of_all_ranks(suspects) if not math.isfinite(loss) else []
+        keys = suspects or self._of_all_ranks(everything)
+        what = "The samples of the micro-batches with such a loss" if suspects else "The samples of the step"
+        event = {"step": self.global_step + 1, "loss": loss, "gradient_norm": norm, "what": what, "keys": keys}
+        in_a_row = self.skipped_in_a_row + 1
+        self.on_nan.require(event, len(self.skipped) + 1, in_a_row, self._planned_steps(), self._half)
+        self.skipped.append(event)
+        self.skipped_in_a_row = in_a_row
+        if self.trainer.is_global_zero:
+            log.warning("step %d skipped: loss %g, gradient norm %g; see metrics.json", event["step"], loss, norm)
+        return False
+
+    def _log_step(self) -> None:
+        """Log on the CPU what is known there: a number on a GPU is waited for when it is shown."""
+        scheduler: Any = self.lr_schedulers()
+        rates = scheduler.get_last_lr()
+        loss, norm = self._read
+        self._log("lr", rates[0], prog_bar=True)
+        if len(rates) > 1:
+            for name, rate in zip(self._groups, rates, strict=True):
+                self._log(f"lr/{name}", rate)
+        scheduler.step()
+        self._log("loss", loss, prog_bar=True)
+        self._log("gradient_norm", norm, prog_bar=True)
+        self._log("tokens_seen", self.tokens_seen)
+        self._log("samples_seen", self.samples_seen)
+
+    def _log(self, name: str, value: float, prog_bar: bool = False) -> None:
+        self.log(name, torch.tensor(value, dtype=torch.float64), prog_bar=prog_bar)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint to resume from holds trained weights only."""
@@ -205,28 +288,16 @@ class Task(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for name in _COUNTS:
-            setattr(self, name, checkpoint[name])
+            setattr(self, name, checkpoint.get(name, getattr(self, name)))
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
-        optimizer = torch.optim.AdamW(
-            self._parameter_groups(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
-        )
+        groups = parameter_groups(self.model, recipe, self.trained)
+        self._groups = [group.pop("name") for group in groups]
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
         steps = self._planned_steps()
         schedule = get_cosine_schedule_with_warmup(optimizer, int(steps * recipe.warmup_ratio), steps)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """The trained parameters by learning rate."""
-        rates = self.recipe.lr_of
-        if unknown := sorted(set(rates) - set(self.trained)):
-            raise UserError(f"task.recipe.lr_of names {unknown}; task.trained names {sorted(self.trained)}.")
-        groups: dict[float, list] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                rate = next((lr for part, lr in rates.items() if _is_of(name, part)), self.recipe.lr)
-                groups.setdefault(rate, []).append(parameter)
-        return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
     def _planned_steps(self) -> int:
         """Optimiser steps of the whole run, epochs and `max_steps` considered."""
@@ -269,7 +340,7 @@ class Task(L.LightningModule):
         window = getattr(data, "shuffle_window", 0)
         return window if window and len(data.shards) > window else 0
 
-    def _count(self, step: Step, samples: int, broken: int, dropped: int) -> None:
+    def _count_samples(self, step: Step, samples: int, broken: int, dropped: int) -> None:
         """Add a step's samples over all ranks; raises UserError, on all of them, when too many are broken."""
         before = self.samples_broken
         self.samples_seen += samples
@@ -305,6 +376,10 @@ class Task(L.LightningModule):
         """What a run's figures say about its samples, with a warning if more were broken than the limit allows."""
         seen, broken = self.samples_seen, self.samples_broken
         facts: dict[str, Any] = {"samples": seen, "broken": broken, "dropped_first_turns": self.turns_dropped}
+        if self.skipped:
+            facts["skipped_steps"] = self.skipped
+        if self.scaler_skips:
+            facts["scaler_skips"] = self.scaler_skips
         if len(self.sources) > 1:
             facts["mixture"] = dict(zip(self.sources, self.drawn, strict=True))
         if broken > self.max_broken_share * seen:
