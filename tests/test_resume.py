@@ -80,7 +80,7 @@ def assert_ended_as(whole, broken):
     first, second = (load_file(folder / "checkpoint" / "projector.safetensors") for folder in (whole, broken))
     for name, value in first.items():
         assert (value - second[name]).abs().max() < 1e-6
-    assert not (broken / "resume.ckpt").exists()
+    assert not (broken / "resume").exists()
     lists = [left_out(folder) for folder in (whole, broken)]
     assert lists[0] == lists[1] and len(lists[0]) == 2
     assert json.loads((broken / "metrics.json").read_text())["broken"] == 2

@@ -24,7 +24,7 @@ from vllava.sources import check_spelling
 CONF = Path(__file__).parents[2] / "conf"
 # fmt: off
 TOP_LEVEL = {
-    "experiment", "ablation", "seed", "chain", "runs", "run_dir", "world", "log_level", "save_minutes",
+    "experiment", "ablation", "seed", "chain", "runs", "run_dir", "world", "log_level", "save_minutes", "stop_seconds",
     "model", "foundations", "recipes", "tokenizer", "template", "encoder", "projector", "data", "task", "trainer",
     "logger", "preview", "evaluation", "toy",
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 import warnings
 from pathlib import Path
@@ -33,12 +32,15 @@ from vllava.model.checkpoint import load_projector
 from vllava.model.device import best_device, computes_in_bf16
 from vllava.model.precision import halve_frozen
 from vllava.model.video_llava import VideoLlava
+from vllava.stops import Stops
 from vllava.training.broken import BrokenList
-from vllava.training.callbacks import History, SaveToResume, Throughput, progress_bar
+from vllava.training.callbacks import History, Throughput, progress_bar
 from vllava.training.loggers import log_samples
+from vllava.training.ranks import Ranks, end_with_launcher, explaining
+from vllava.training.saving import Generations, SaveToResume
 from vllava.training.task import Task
 
-RESUME = "resume.ckpt"  # in a run's folder while it is unfinished
+RESUME = "resume"  # in a run's folder while it is unfinished
 MARK = ".vllava-run"  # in every run's folder: what lies there is a run's, and may be replaced by the next
 MOST_PROCESSES = 4  # on CPUs, unless trainer.devices says how many
 _WRITTEN = ("config.yaml", "metrics.json", "history.jsonl", "answers.jsonl", "broken.jsonl", "report.html", "loss.png")
@@ -49,14 +51,18 @@ def run(cfg: DictConfig) -> None:
     check(cfg)
     quiet(cfg.log_level)
     claim(Path(cfg.run_dir))
+    stops = Stops(cfg.stop_seconds)
     if cfg.chain:
         run_chain(cfg)
     elif HydraConfig.get().mode is RunMode.MULTIRUN:
         run_apart(cfg.experiment, cfg.run_dir)
     elif cfg.evaluation:
-        instantiate(cfg.evaluation)
+        with stops:
+            instantiate(cfg.evaluation)
     else:
-        train(cfg)
+        end_with_launcher(HydraConfig.get().job.name)
+        with stops:
+            train(cfg, stops)
 
 
 def claim(run_dir: Path) -> None:
@@ -92,8 +98,9 @@ def require_cuda_for_deepspeed(cfg: DictConfig) -> None:
         )
 
 
-def train(cfg: DictConfig) -> None:
+def train(cfg: DictConfig, stops: Stops | None = None) -> None:
     """One training run: build, fit, export to `checkpoint/`, write the figures."""
+    stops = stops or Stops(cfg.stop_seconds)
     require_cuda_for_deepspeed(cfg)
     started = time.time()
     run_dir = Path(cfg.run_dir)
@@ -119,8 +126,11 @@ def train(cfg: DictConfig) -> None:
         preview = Preview(asked, task.specs, tokenizer, settings, settings["preview"]["remedy"])
     announce(cfg, task, data)
     history = History(run_dir)
-    trainer = build_trainer(cfg, settings, [Throughput(), history, progress_bar()], task)
-    trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
+    generations = Generations(run_dir / RESUME)
+    saving = SaveToResume(generations, cfg.save_minutes, stops)
+    trainer = build_trainer(cfg, settings, [Throughput(), history, progress_bar(), saving], task)
+    with explaining(Ranks(trainer, stops), stops):
+        trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
     if not trainer.is_global_zero:
         return
     if halved or task.whole:
@@ -129,9 +139,6 @@ def train(cfg: DictConfig) -> None:
         left_over = task.model.load_state_dict(weights, strict=False).unexpected_keys
         assert not left_over, left_over
     task.export(run_dir / "checkpoint", tokenizer, settings)
-    if (run_dir / RESUME).is_dir():  # DeepSpeed's
-        shutil.rmtree(run_dir / RESUME)
-    (run_dir / RESUME).unlink(missing_ok=True)
     facts = {**task.facts(), "seconds": round(time.time() - started, 1)}
     if "warning" in facts:
         print(f"warning: {facts['warning']}")
@@ -139,6 +146,7 @@ def train(cfg: DictConfig) -> None:
     rows = preview.rows(task.model) if preview else []
     log_samples(trainer.logger, rows)
     write_report(run_dir, run_dir.name, {}, rows, {cfg.experiment: run_dir / "loss.png"}, metrics)
+    generations.clear()
     print(f"{cfg.experiment}: done in {time.time() - started:.0f} s; checkpoint, figures and report.html in {run_dir}")
 
 
@@ -147,17 +155,18 @@ def unfinished(run_dir: Path, settings: Any) -> str | None:
 
     Writes the configuration to config.yaml. Raises UserError if the unfinished run had another configuration.
     """
-    path, config = run_dir / RESUME, run_dir / "config.yaml"
-    if path.exists() and (not config.is_file() or yaml.safe_load(config.read_text()) != settings):
+    folder, config = run_dir / RESUME, run_dir / "config.yaml"
+    states = Generations(folder).newest()
+    if states and (not config.is_file() or yaml.safe_load(config.read_text()) != settings):
         raise UserError(
             f"{run_dir} holds an unfinished run of another configuration ({config}). Start that one again to end it, "
-            f"delete {path} to give it up, or choose another folder with run_dir=…"
+            f"delete {folder} to give it up, or choose another folder with run_dir=…"
         )
     config.write_text(yaml.safe_dump(settings, sort_keys=False))
-    if not path.exists():
+    if not states:
         return None
     print(f"resuming the interrupted run in {run_dir}", flush=True)
-    return str(path)
+    return str(states[0])
 
 
 @rank_zero_only
@@ -204,7 +213,7 @@ def build_trainer(cfg: DictConfig, settings: Any, callbacks: list[L.Callback], t
     logger = instantiate(cfg.logger)(run_dir=run_dir, name=run_dir.name, config=settings)
     return instantiate(cfg.trainer, precision=precision(cfg), **share_out_cores(cfg, task))(
         logger=logger if logger is not None else False,
-        callbacks=[*callbacks, SaveToResume(run_dir / RESUME, cfg.save_minutes)],
+        callbacks=callbacks,
         enable_checkpointing=False,  # Lightning's own, which does not save by the clock in manual optimisation
         default_root_dir=run_dir,
     )
