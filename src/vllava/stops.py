@@ -1,7 +1,7 @@
 """How a process answers the signals that ask it to stop: SIGTERM, SIGUSR1 (SLURM's warning) and SIGINT (Ctrl-C).
 
-It ends with exit code 128 + the signal's number (143, 138, 130), as a shell says of a process that a signal ended: never
-with 0, so that whatever started it knows that there is more to do.
+It ends with exit code 128 + the signal's number (143, 138, 130), which is what a shell says of a process that a signal
+ended: never with 0, so that whatever started it knows that there is more to do.
 """
 
 from __future__ import annotations

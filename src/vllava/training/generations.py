@@ -23,8 +23,8 @@ _NAME = re.compile(r"step-(\d{8,})")
 class Generations:
     """States in a folder: `step-00000120`, a file or a folder, and beside it `step-00000120.json`, its record.
 
-    A state is written under a name that ends in .part, synced and renamed; then its record is written in the same way:
-    the size and the CRC-32 of each of its files. What has no record was not finished. Reading and writing raise OSError.
+    A state is written under a name that ends in .part, synced and renamed; then its record is written in the same
+    way: the size and the CRC-32 of each of its files. What has no record was not finished. Both raise OSError.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,19 +82,18 @@ class Generations:
 
         Raises UserError where all are damaged.
         """
-        whole, damaged = [], []
+        whole: list[Path] = []
+        damaged: list[str] = []
+        recorded = False
         for step in self.steps():
             path = self.folder / f"step-{step:08d}"
             if wrong := damage(path):
                 damaged.append(wrong)
+                recorded |= _record_of(path).exists()
                 log.warning("%s: this state of the run is left out", wrong)
             else:
                 whole.append(path)
-        if (
-            damaged
-            and not whole
-            and any(_record_of(self.folder / f"step-{step:08d}").exists() for step in self.steps())
-        ):
+        if recorded and not whole:  # without a record it is a first save that was interrupted
             raise UserError(
                 f"No state of the unfinished run in {self.folder.parent} is whole: {'; '.join(damaged)}. Put back a "
                 f"copy of one if there is any, or delete {self.folder} to train from the first step again."
