@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from vllava.chain import run_apart, run_chain
 from vllava.config import check
 from vllava.data.address import shown
+from vllava.data.writing import appearing
 from vllava.errors import UserError
 from vllava.evaluation.preview import Preview
 from vllava.evaluation.report import write_report
@@ -37,7 +38,7 @@ from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, Throughput, progress_bar
 from vllava.training.loggers import log_samples
 from vllava.training.ranks import Ranks, end_with_launcher, explaining
-from vllava.training.saving import Generations, SaveToResume
+from vllava.training.saving import Generations, SaveToResume, folder_in_use
 from vllava.training.task import Task
 
 RESUME = "resume"  # in a run's folder while it is unfinished
@@ -50,8 +51,9 @@ def run(cfg: DictConfig) -> None:
     """Carry out one configuration: a chain of experiments, an evaluation, or a training run."""
     check(cfg)
     quiet(cfg.log_level)
-    claim(Path(cfg.run_dir))
     stops = Stops(cfg.stop_seconds)
+    with folder_in_use(Path(cfg.run_dir), stops):
+        claim(Path(cfg.run_dir))
     if cfg.chain:
         run_chain(cfg)
     elif HydraConfig.get().mode is RunMode.MULTIRUN:
@@ -61,7 +63,7 @@ def run(cfg: DictConfig) -> None:
             instantiate(cfg.evaluation)
     else:
         end_with_launcher(HydraConfig.get().job.name)
-        with stops:
+        with stops, folder_in_use(Path(cfg.run_dir), stops):
             train(cfg, stops)
 
 
@@ -85,6 +87,7 @@ def quiet(level: str) -> None:
         logging.getLogger(name).setLevel(level)
     transformers.utils.logging.set_verbosity(getattr(logging, level))
     transformers.utils.logging.disable_progress_bar()
+    logging.raiseExceptions = False  # a log on a full disk is no reason to print tracebacks
     warnings.filterwarnings("ignore", module="lightning")  # advice about checkpoints and modes chosen on purpose
 
 
@@ -162,7 +165,8 @@ def unfinished(run_dir: Path, settings: Any) -> str | None:
             f"{run_dir} holds an unfinished run of another configuration ({config}). Start that one again to end it, "
             f"delete {folder} to give it up, or choose another folder with run_dir=…"
         )
-    config.write_text(yaml.safe_dump(settings, sort_keys=False))
+    with appearing(config) as part:
+        part.write_text(yaml.safe_dump(settings, sort_keys=False))
     if not states:
         return None
     print(f"resuming the interrupted run in {run_dir}", flush=True)

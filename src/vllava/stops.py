@@ -49,7 +49,7 @@ class Stops:
         self.seconds = seconds
         self.asked = 0  # the signal's number
         self.waits = False
-        self.kept = "Nothing was saved."  # a sentence for the user
+        self.kept = "Nothing was saved yet."  # a sentence for the user
         self._pid = os.getpid()
 
     def __enter__(self) -> Stops:
@@ -116,7 +116,7 @@ class Stops:
 
     def _end(self, number: int, how: str) -> None:
         name = signal.Signals(number).name
-        say(f"stopped: the run {how} {name}. {self.kept} Started again with the same command, it goes on from there.")
+        say(f"stopped: the run {how} {name}. {self.kept} Start the same command again to go on.")
         os._exit(128 + number)
 
 

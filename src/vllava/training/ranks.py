@@ -18,7 +18,7 @@ from vllava.errors import UserError, reason
 from vllava.stops import CODES, Stopped, Stops, die_with_parent, say
 
 PATIENCE = 5.0  # seconds in which the first process is to notice by itself that another has ended
-_AGAIN = "Start the same command again: it goes on from there."
+_AGAIN = "Start the same command again: it goes on from what was saved."
 
 
 class Ranks:
@@ -72,7 +72,7 @@ class Ranks:
 
 @contextmanager
 def explaining(ranks: Ranks, stops: Stops) -> Iterator[None]:
-    """What the end of another process, or the state of a disk, does to this one becomes a UserError or Stopped."""
+    """What the end of another process does to this one becomes a UserError or Stopped."""
     try:
         yield
     except UserError:
@@ -107,11 +107,6 @@ def _explained(error: OSError | RuntimeError, ranks: Ranks, stops: Stops) -> Use
     if _is_of_another_process(error):
         time.sleep(0.5)  # until its exit code is known
         return UserError(f"{ranks.sentence()} {stops.kept} {_AGAIN}")
-    if isinstance(error, OSError):
-        return UserError(
-            f"The run cannot go on: {reason(error)}. {stops.kept} Make room on the disk, or mend what is wrong with "
-            "the folder, and start the same command again: it goes on from there."
-        )
     return None
 
 

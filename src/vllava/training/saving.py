@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from collections.abc import Iterator
@@ -19,6 +20,12 @@ from vllava.training.generations import Generations, remove
 
 __all__ = ["Generations", "SaveToResume"]
 
+MEND = (
+    "Make room on the disk, or mend what is wrong with the folder, and start the same command again: it goes on from "
+    "what was saved."
+)
+_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN}
+_OF_FOLDERS = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM}  # where they are of the run's own folder
 _WRITER = re.compile("PytorchStreamWriter|inline_container")  # torch.save says so where it cannot write
 
 
@@ -38,6 +45,7 @@ class SaveToResume(L.Callback):
         self.finishing: Future | None = None  # on the first process, when all have written
         self.path = Path()
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="finish")
+        self._say_what_is_kept()
 
     def setup(self, trainer: L.Trainer, task: L.LightningModule, stage: str) -> None:
         # Lightning's own answers to signals would come before ours: they requeue SLURM jobs, broadcast in the middle
@@ -48,7 +56,6 @@ class SaveToResume(L.Callback):
         self.saved_at = time.monotonic()
         if trainer.global_step:
             self.saved_step = trainer.global_step  # resumed
-        self._say_what_is_kept()
         self.stops.claim()
         self.stops.waits = True
 
@@ -141,7 +148,17 @@ class SaveToResume(L.Callback):
                 raise  # another process has ended, or a data worker
             with suppress(OSError):
                 remove(self.path)
-            raise UserError(
-                f"{self.path} cannot be written ({reason(error)}). {self.stops.kept} Make room there, or mend what is "
-                "wrong with the folder, and start the same command again: it goes on from there."
-            ) from error
+            raise UserError(f"{self.path} cannot be written ({reason(error)}). {self.stops.kept} {MEND}") from error
+
+
+@contextmanager
+def folder_in_use(folder: Path, stops: Stops) -> Iterator[None]:
+    """What a full, lost or read-only disk does to a run becomes a UserError, wherever in the block."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename if isinstance(error.filename, str) else ""
+        ours = not name or Path(name).absolute().is_relative_to(folder.absolute())
+        if error.errno not in _OF_DISKS and not (error.errno in _OF_FOLDERS and name and ours):
+            raise
+        raise UserError(f"The run in {folder} cannot go on ({reason(error)}). {stops.kept} {MEND}") from error
