@@ -51,6 +51,7 @@ class Stops:
         self.waits = False
         self.kept = "Nothing was saved yet."  # a sentence for the user
         self._pid = os.getpid()
+        self._main = False  # whether this answers signals now
 
     def __enter__(self) -> Stops:
         self._main = threading.current_thread() is threading.main_thread()
@@ -68,6 +69,7 @@ class Stops:
         if self._main:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
+            self._main = False
             signal.set_wakeup_fd(self._wakeup)
             os.write(self._writer, b"\0")
             self._thread.join()
