@@ -160,7 +160,7 @@ def unfinished(run_dir: Path, settings: Any) -> str | None:
     """
     folder, config = run_dir / RESUME, run_dir / "config.yaml"
     states = Generations(folder).newest()
-    if states and (not config.is_file() or yaml.safe_load(config.read_text()) != settings):
+    if states and (not config.is_file() or _decisive(yaml.safe_load(config.read_text())) != _decisive(settings)):
         raise UserError(
             f"{run_dir} holds an unfinished run of another configuration ({config}). Start that one again to end it, "
             f"delete {folder} to give it up, or choose another folder with run_dir=…"
@@ -171,6 +171,15 @@ def unfinished(run_dir: Path, settings: Any) -> str | None:
         return None
     print(f"resuming the interrupted run in {run_dir}", flush=True)
     return str(states[0])
+
+
+def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration an unfinished run may not go on with changed: all but how its work is shared out."""
+    free = {"data": ("workers",), "trainer": ("devices", "strategy", "accelerator", "num_nodes")}
+    kept = {key: value for key, value in settings.items() if key not in ("logger", "save_minutes", "stop_seconds")}
+    for group, names in free.items():
+        kept[group] = {key: value for key, value in (kept.get(group) or {}).items() if key not in names}
+    return kept
 
 
 @rank_zero_only
