@@ -59,7 +59,7 @@ def interrupt(command, folder, steps):
         running.communicate(timeout=60)
     finally:
         running.kill()
-    assert running.returncode == 1 and steps <= len(history(folder)) < STEPS
+    assert running.returncode == 130 and steps <= len(history(folder)) < STEPS
     assert (folder / "resume").exists() and not (folder / "checkpoint").exists()
 
 
