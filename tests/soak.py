@@ -213,6 +213,7 @@ def soak(kills: int, seed: int, out: Path, two: float) -> int:
             ranks = 2 if chance.random() < two else 1
             minutes = chance.choice([0, 0, 0.02])
             life = Life(world, folder, chance.choice([0, 1, 3]), ranks, minutes)
+            begun = life.steps()
             what = kill(life, chance) if done < kills else None
             code = life.end()
             shared |= ranks > 1 and life.steps() > saved
@@ -224,8 +225,10 @@ def soak(kills: int, seed: int, out: Path, two: float) -> int:
             ended = saved == STEPS and not states and (folder / "metrics.json").exists()  # killed as it cleared up
             if code == 0 or ended:
                 break
-            if code < 0 and what and not what.startswith("SIGKILL") and "loading" not in what:
-                print(f"  WRONG: ended by signal {-code}")
+            trained = begun < life.steps() < STEPS  # it was asked to stop while it trained
+            asked = what is not None and not what.startswith("SIGKILL")
+            if trained and asked and (code < 0 or now != life.steps()):
+                print(f"  WRONG: code {code}, {life.steps()} steps; see {life.log}", flush=True)
                 bad += 1
             if what is None or now < saved:
                 print(f"  WRONG: code {code}, state {now} after {saved}; see {life.log}")

@@ -57,15 +57,15 @@ def whole(command, tmp_path_factory):
 
 
 def stop(command, run_dir, sent, after, whom="run"):
-    """Start a run and send it, or its data worker, a signal after so many steps; returns its exit code and stderr."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    """Start a run and send it, or its data worker, a signal after so many steps; returns its exit code and what it said."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     running = subprocess.Popen([*command, f"run_dir={run_dir}"], cwd=ROOT, **pipes)
     deadline = time.time() + 120
     while steps(run_dir) < after and time.time() < deadline:
         time.sleep(0.02)
     pid = running.pid if whom == "run" else children(running.pid)[0]
     os.kill(pid, sent)
-    _, told = running.communicate(timeout=60)
+    told, _ = running.communicate(timeout=60)
     assert after <= steps(run_dir) < 20
     assert not (run_dir / "checkpoint").exists()
     return running.returncode, told.decode()
