@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint foundations bench bench-gpu smollm2 clean
+.PHONY: help setup demo test soak slurm lint foundations bench bench-gpu smollm2 clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,12 @@ demo: setup ## toy data, stage 1, stage 2, evaluation, report: outputs/demo
 
 test: setup ## the test suite
 	$(BIN)/python -m pytest -q
+
+soak: setup ## a hundred kills of runs, which have to end as undisturbed ones (an hour or so): outputs/soak
+	$(BIN)/python tests/soak.py --kills 100 --seed 0
+
+slurm: setup ## a job that is warned and requeued, on a SLURM of one node (Debian's slurmctld, slurmd, slurm-client, munge)
+	bash tests/slurm/run.sh
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

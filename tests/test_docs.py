@@ -18,6 +18,7 @@ PAGES = [
     "docs/fidelity.md",
     "docs/data.md",
     "docs/watching.md",
+    "docs/cluster.md",
     "data_prep/README.md",
 ]
 

@@ -1,6 +1,7 @@
 """A run that was interrupted and started again ends as an undisturbed one."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -55,18 +56,23 @@ def whole(command, tmp_path_factory):
     return folder
 
 
-def stop(command, run_dir, sent, after):
-    """Start a run and send it a signal after so many steps."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+def stop(command, run_dir, sent, after, whom="run"):
+    """Start a run, send it or its data worker a signal after so many steps; returns its exit code and what it said."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     running = subprocess.Popen([*command, f"run_dir={run_dir}"], cwd=ROOT, **pipes)
     deadline = time.time() + 120
     while steps(run_dir) < after and time.time() < deadline:
         time.sleep(0.02)
-    running.send_signal(sent)
-    running.communicate(timeout=60)
-    assert running.returncode != 0
+    pid = running.pid if whom == "run" else children(running.pid)[0]
+    os.kill(pid, sent)
+    told, _ = running.communicate(timeout=60)
     assert after <= steps(run_dir) < 20
     assert not (run_dir / "checkpoint").exists()
+    return running.returncode, told.decode()
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def left_out(run_dir):
@@ -80,20 +86,28 @@ def assert_ended_as(whole, broken):
     first, second = (load_file(folder / "checkpoint" / "projector.safetensors") for folder in (whole, broken))
     for name, value in first.items():
         assert (value - second[name]).abs().max() < 1e-6
-    assert not (broken / "resume.ckpt").exists()
+    assert not (broken / "resume").exists()
     lists = [left_out(folder) for folder in (whole, broken)]
     assert lists[0] == lists[1] and len(lists[0]) == 2
     assert json.loads((broken / "metrics.json").read_text())["broken"] == 2
 
 
-def test_a_run_that_was_interrupted_and_then_killed_ends_with_the_same_weights(command, whole, tmp_path):
+def test_a_run_that_was_stopped_lost_its_worker_and_was_killed_ends_with_the_same_weights(command, whole, tmp_path):
     broken = tmp_path / "broken"
-    stop(command, broken, signal.SIGINT, after=7)
+    code, told = stop(command, broken, signal.SIGTERM, after=4)
+    assert code == 143 and "stopped by SIGTERM after step" in told and "Traceback" not in told
 
     other = run([*command, f"run_dir={broken}", "task.recipe.lr=0.5"])
     assert other.returncode == 1
     assert "unfinished run of another configuration" in other.stderr
 
-    stop(command, broken, signal.SIGKILL, after=steps(broken) + 4)  # goes on from the last save, not from its end
+    code, told = stop(command, broken, signal.SIGKILL, after=steps(broken) + 3, whom="worker")
+    assert code == 1 and "A process that reads data was ended from outside" in told and "Traceback" not in told
+
+    newest = sorted((broken / "resume").glob("step-*"))[-2]  # the last is its record
+    with open(newest, "r+b") as file:
+        file.truncate(100)
+    code, told = stop(command, broken, signal.SIGKILL, after=steps(broken) + 4)  # goes on from the save before
+    assert code == -signal.SIGKILL and f"{newest} is damaged" in told
     assert "resuming" in run([*command, f"run_dir={broken}"], check=True).stdout
     assert_ended_as(whole, broken)

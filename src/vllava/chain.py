@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from vllava.identity import Identity, tells_apart
 from vllava.runs import METRICS, read_run
 from vllava.settle import EVALUATE, NAME_HELD_OUT
 from vllava.sources import REMEDY
+from vllava.stops import CODES, say, wait
 
 
 def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> float:
@@ -35,12 +34,11 @@ def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> float:
     given = [one for one in HydraConfig.get().overrides.task if one.lstrip("+~").split("=")[0] not in ours]
     started = time.time()
     command = [sys.executable, sys.argv[0], f"+experiment={experiment}", *given, *changes, f"run_dir={run_dir}"]
-    process = subprocess.Popen(command)
-    while process.returncode is None:
-        # Ctrl-C at the terminal reaches the run as well, which saves what it needs to resume: wait for it.
-        with suppress(KeyboardInterrupt):
-            process.wait()
-    if process.returncode != 0:
+    code = wait(command)  # asked to stop, the run saves what it needs to resume
+    if code in CODES:
+        say(f"{experiment} was stopped by {CODES[code]} (see above). Start the same command again to go on.")
+        sys.exit(code)
+    if code != 0:
         raise UserError(f"{experiment} failed or was stopped (see above). Its folder: {run_dir}.")
     return round(time.time() - started, 1)
 

@@ -33,7 +33,7 @@ PROJECT = Path(__file__).parents[2]
 CONF = PROJECT / "conf"
 # fmt: off
 TOP_LEVEL = {
-    "experiment", "ablation", "seed", "chain", "runs", "run_dir", "world", "log_level", "save_minutes",
+    "experiment", "ablation", "seed", "chain", "runs", "run_dir", "world", "log_level", "save_minutes", "stop_seconds",
     "model", "foundations", "recipes", "tokenizer", "template", "encoder", "projector", "data", "task", "trainer",
     "logger", "callbacks", "preview", "evaluation", "validation", "toy", "rerun",
 }

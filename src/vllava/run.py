@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 import warnings
 from pathlib import Path
@@ -23,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from vllava.chain import chain_identity, run_apart, run_chain
 from vllava.config import check
 from vllava.data.address import shown
+from vllava.data.writing import appearing
 from vllava.errors import UserError
 from vllava.evaluation.preview import Preview
 from vllava.evaluation.report import write_report
@@ -37,15 +37,18 @@ from vllava.model.precision import halve_frozen
 from vllava.model.video_llava import VideoLlava
 from vllava.options import cut_short, extra_callbacks, implied, in_words, with_extras
 from vllava.runs import Run, claim, is_first_process, occupied, place, read_run
+from vllava.stops import Stops
 from vllava.training.broken import BrokenList
-from vllava.training.callbacks import History, SaveToResume, Throughput, progress_bar
+from vllava.training.callbacks import History, Throughput, progress_bar
 from vllava.training.continued import Follow
 from vllava.training.finite import require_finite
 from vllava.training.loggers import log_samples
+from vllava.training.ranks import Ranks, end_with_launcher, explaining
+from vllava.training.saving import Generations, SaveToResume, folder_in_use
 from vllava.training.task import Task
 from vllava.watching import show_model, validation
 
-RESUME = "resume.ckpt"  # in a run's folder while it is unfinished
+RESUME = "resume"  # in a run's folder while it is unfinished
 MOST_PROCESSES = 4  # on CPUs, unless trainer.devices says how many
 
 
@@ -56,23 +59,25 @@ def run(cfg: DictConfig) -> None:
     if HydraConfig.get().mode is RunMode.MULTIRUN and not cfg.chain:
         run_apart(cfg.experiment, cfg.run_dir, *(["rerun=true"] if cfg.rerun else []))
         return
+    stops = Stops(cfg.stop_seconds)
     folder = place(Path(cfg.run_dir), cfg.rerun)
     cfg.run_dir = str(folder)
-    claim(folder)
-    log_to(folder)
-    resolve(cfg)
-    with occupied(Run(folder, cfg.experiment, cfg.ablation, cfg.seed, identity(cfg))) as run:
-        if run is None:
-            say_finished(folder)
-        elif cfg.chain:
-            run_chain(cfg)
-        elif cfg.evaluation:
-            instantiate(cfg.evaluation)
-        else:
-            train(cfg)
-        if run is not None and is_first_process():
-            run.finish()
-            forget(folder / RESUME)
+    with folder_in_use(folder, stops):
+        claim(folder)
+        log_to(folder)
+        resolve(cfg)
+        with occupied(Run(folder, cfg.experiment, cfg.ablation, cfg.seed, identity(cfg))) as run:
+            if run is None:
+                say_finished(folder)
+            elif cfg.chain:
+                run_chain(cfg)
+                run.finish()
+            else:
+                with stops:
+                    instantiate(cfg.evaluation) if cfg.evaluation else train(cfg, stops)
+                    if is_first_process():
+                        run.finish()
+                        Generations(folder / RESUME).clear()
 
 
 def identity(cfg: DictConfig) -> Identity:
@@ -110,6 +115,7 @@ def quiet(level: str) -> None:
             if type(handler) is logging.StreamHandler:
                 handler.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # float16 may leave the first step out
+    logging.raiseExceptions = False  # a log on a full disk is no reason to print tracebacks
     warnings.filterwarnings("ignore", module="lightning")  # advice about checkpoints and modes chosen on purpose
 
 
@@ -123,8 +129,9 @@ def require_cuda_for_deepspeed(cfg: DictConfig) -> None:
         )
 
 
-def train(cfg: DictConfig) -> None:
+def train(cfg: DictConfig, stops: Stops) -> None:
     """One training run: build, fit, export to `checkpoint/`, write the figures."""
+    end_with_launcher(HydraConfig.get().job.name)
     require_cuda_for_deepspeed(cfg)
     started = time.time()
     run_dir = Path(cfg.run_dir)
@@ -150,11 +157,12 @@ def train(cfg: DictConfig) -> None:
         preview = Preview(asked, task.specs, tokenizer, settings, settings["preview"]["remedy"])
     history, throughput = History(run_dir), Throughput()
     watched = validation(settings, task, tokenizer, preview, history.extra.update)
-    trainer = build_trainer(cfg, settings, [throughput, *watched, history, progress_bar()], task)
+    saving = SaveToResume(Generations(run_dir / RESUME), cfg.save_minutes, stops)
+    trainer = build_trainer(cfg, settings, [throughput, *watched, history, progress_bar()], saving, task)
     data.trainer = trainer  # which may limit an epoch
     announce(cfg, task, data)
     show_model(task.model, run_dir)
-    with in_words():
+    with in_words(), explaining(Ranks(trainer, stops), stops):
         trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
     if not trainer.is_global_zero:
         return
@@ -178,21 +186,15 @@ def train(cfg: DictConfig) -> None:
     print(f"{cfg.experiment}: done in {time.time() - started:.0f} s; checkpoint, figures and report.html in {run_dir}")
 
 
-def forget(path: Path) -> None:
-    """Remove what a run would have resumed from."""
-    if path.is_dir():  # DeepSpeed's
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-
-
 def unfinished(run_dir: Path, settings: Any) -> str | None:
-    """The checkpoint that an interrupted run left behind, if there is one. Writes the configuration to config.yaml."""
-    path = run_dir / RESUME
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    if not path.exists():
+    """The newest whole state that an interrupted run left, if there is one. Writes the configuration to config.yaml."""
+    states = Generations(run_dir / RESUME).newest()
+    with appearing(run_dir / "config.yaml") as part:
+        part.write_text(yaml.safe_dump(settings, sort_keys=False))
+    if not states:
         return None
     print(f"resuming the interrupted run in {run_dir}", flush=True)
-    return str(path)
+    return str(states[0])
 
 
 @rank_zero_only
@@ -233,8 +235,10 @@ def share_out_cores(cfg: DictConfig, task: Task) -> dict[str, Any]:
     return {"devices": processes, "strategy": "ddp"} if processes > 1 else {}
 
 
-def build_trainer(cfg: DictConfig, settings: Any, callbacks: list[L.Callback], task: Task) -> L.Trainer:
-    """Lightning's Trainer as configured."""
+def build_trainer(
+    cfg: DictConfig, settings: Any, callbacks: list[L.Callback], saving: SaveToResume, task: Task
+) -> L.Trainer:
+    """Lightning's Trainer as configured; what saves comes after all other callbacks."""
     run_dir = Path(cfg.run_dir)
     loggers = instantiate(cfg.logger)(run_dir=run_dir, config=settings) if cfg.get("logger") else []
     with in_words():
@@ -246,7 +250,7 @@ def build_trainer(cfg: DictConfig, settings: Any, callbacks: list[L.Callback], t
             callbacks=[
                 *with_extras(callbacks, extras, cfg.trainer.get("enable_progress_bar")),
                 Follow(run_dir / "history.jsonl"),
-                SaveToResume(run_dir / RESUME, cfg.save_minutes),
+                saving,
             ],
             enable_checkpointing=False,  # Lightning's own, which does not save by the clock in manual optimisation
             default_root_dir=run_dir,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -229,6 +230,17 @@ class DataModule(L.LightningDataModule):
 
 
 def _start_worker(_: int) -> None:
-    """One thread each; and Ctrl-C, which reaches all processes of a terminal, is the main process's to answer."""
+    """One thread each; and signals to stop, which may reach all processes, are the main process's to answer."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # the main process's, if it was forked
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for(parent: int) -> None:
+    """End this process at a SIGTERM that its parent sends, which is how Python ends its processes, and at no other."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -17,6 +17,10 @@ from PIL import Image
 from vllava.errors import UserError
 
 
+class _KilledError(UserError):
+    """Somebody, or a machine without memory, has ended decord's process."""
+
+
 class Decord:
     """Frames of videos by number, read by decord from the first frame on, without a seek.
 
@@ -29,7 +33,16 @@ class Decord:
         self._owner = 0  # a forked worker must not talk to its parent's process
 
     def read(self, data: bytes, numbers: list[int]) -> list[Image.Image]:
-        """The frames of these numbers, which rise; raises UserError if decord cannot read them."""
+        """The frames of these numbers, which rise; raises UserError if decord cannot read them.
+
+        Where its process was killed from outside, which is not the video's fault, it is asked once more.
+        """
+        try:
+            return self._read(data, numbers)
+        except _KilledError:
+            return self._read(data, numbers)
+
+    def _read(self, data: bytes, numbers: list[int]) -> list[Image.Image]:
         if self._owner != os.getpid() or self._decoded >= self.videos:
             self._start()
         self._decoded += 1
@@ -49,7 +62,8 @@ class Decord:
         except (EOFError, OSError) as error:
             status = self._stop()
             cause = signal.Signals(-status).name if status < 0 else f"exit code {status}"
-            raise UserError(f"unreadable video (decord crashed: {cause})") from error
+            kind = _KilledError if -status in (signal.SIGKILL, signal.SIGTERM) else UserError
+            raise kind(f"unreadable video (decord crashed: {cause})") from error
 
     def _start(self) -> None:
         if self._owner == os.getpid():
@@ -69,7 +83,8 @@ class Decord:
             return self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            return self._process.wait()
+            self._process.wait()
+            return 0  # by us
 
     def __del__(self) -> None:
         if self._owner == os.getpid():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllava.errors import UserError
+from vllava.training.lines import cut_back
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +96,8 @@ class BrokenList:
 
     def start(self, step: int) -> None:
         """Drop what was written after `step`, from which a run resumes."""
-        if self.path is None or not self.path.exists():
-            return
-        unfinished = self.path.with_name(f"{self.path.name}.part")
-        with open(self.path, encoding="utf-8") as old, open(unfinished, "w", encoding="utf-8") as new:
-            new.writelines(line for line in old if _step_of(line) <= step)
-        os.replace(unfinished, self.path)
+        if self.path is not None and self.path.exists():
+            cut_back(self.path, step)
 
     def add(self, step: int, samples: list[tuple[str, str, str]], before: int) -> None:
         """Write down (key, reason, traceback) of a step's broken samples; `before` were broken in earlier steps."""
@@ -117,10 +113,3 @@ class BrokenList:
             log.warning("further samples left out are not shown here; %s", self.place)
         if total > 2 * SHOWN and total.bit_length() > before.bit_length():
             log.warning("%d samples left out so far; %s", total, self.place)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # half of a line: the process was killed while it wrote
-        return math.inf

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import resource
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
 from vllava.batch import Batch, Step
 from vllava.model.flops import peak
+from vllava.training.lines import cut_back
 from vllava.training.task import Task
 
 matplotlib.use("Agg")
@@ -116,39 +116,6 @@ def memory(device: torch.device) -> float:
     return most if sys.platform == "darwin" else 1024 * most
 
 
-class SaveToResume(L.Callback):
-    """Saves what is needed to resume every few minutes; on the first Ctrl-C, also stops the run, after a whole step.
-
-    All processes do what one wants: they can only save together, a signal may miss some, and clocks differ.
-    A second Ctrl-C stops at once; the run then resumes from where it was last saved.
-    """
-
-    def __init__(self, path: Path, minutes: float) -> None:
-        self.path = path
-        self.seconds = 60 * minutes
-        self.asked = False
-
-    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        self.saved = time.monotonic()
-        self.previous = signal.signal(signal.SIGINT, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self.previous)
-
-    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
-        due = time.monotonic() - self.saved >= self.seconds
-        stop = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
-        if trainer.strategy.reduce_boolean_decision(due or stop, all=False):
-            trainer.save_checkpoint(self.path)
-            self.saved = time.monotonic()
-        if stop:
-            raise KeyboardInterrupt
-
-    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        signal.signal(signal.SIGINT, self.previous)
-
-
 class History(L.Callback):
     """Keeps every step's metrics in history.jsonl; at the end writes metrics.json and the loss curve.
 
@@ -163,10 +130,8 @@ class History(L.Callback):
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         if trainer.is_global_zero:
             path = self.run_dir / "history.jsonl"
-            if trainer.global_step and path.is_file():  # resumed: keep what came before
-                self.rows = [row for row in read_history(path) if row["step"] <= trainer.global_step]
-            self.file = open(path, "w")  # noqa: SIM115
-            self.file.writelines(json.dumps(row) + "\n" for row in self.rows)
+            self.rows = cut_back(path, trainer.global_step)  # resumed: keep what came before
+            self.file = open(path, "a")  # noqa: SIM115
 
     def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
         if trainer.is_global_zero:
