@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "conversation": {"batch", "errors", "templates"},
     "data": {"batch", "errors", "conversation", "pixels"},
     "model": {"batch", "errors", "folders", "conversation", "pixels"},
-    "training": {"batch", "errors", "model", "pixels"},
+    "training": {"batch", "errors", "folders", "model", "pixels"},
     "inspection": {"batch", "errors", "conversation", "data", "training"},
     "evaluation": {"batch", "errors", "folders", "conversation", "data", "model"},
 }

@@ -26,7 +26,7 @@ CONF = Path(__file__).parents[2] / "conf"
 TOP_LEVEL = {
     "experiment", "ablation", "seed", "chain", "runs", "run_dir", "world", "log_level", "save_minutes",
     "model", "foundations", "recipes", "tokenizer", "template", "encoder", "projector", "data", "task", "trainer",
-    "logger", "preview", "evaluation", "toy",
+    "logger", "preview", "evaluation", "toy", "checkpoint",
 }
 # fmt: on
 NAME_BYTES = 200  # of a run's folder at most; file systems take 255

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ from vllava.evaluation.preview import Preview
 from vllava.evaluation.report import write_report
 from vllava.features import use_features
 from vllava.folders import require_replaceable
-from vllava.model.build import load_tokenizer
+from vllava.model.build import as_stored, load_tokenizer
 from vllava.model.checkpoint import load_projector
 from vllava.model.device import best_device, computes_in_bf16
-from vllava.model.precision import halve_frozen
+from vllava.model.mapped import with_weights
+from vllava.model.precision import set_precision
 from vllava.model.video_llava import VideoLlava
 from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, SaveToResume, Throughput, progress_bar
+from vllava.training.durable import Checkpoints, Durable
 from vllava.training.loggers import log_samples
 from vllava.training.task import Task
 
@@ -101,7 +104,9 @@ def train(cfg: DictConfig) -> None:
     require_replaceable(run_dir / "checkpoint")  # now, and not when all the work is done
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     tokenizer = load_tokenizer(cfg.tokenizer)
-    model = instantiate(cfg.model)
+    which = Checkpoints.of(settings["checkpoint"])
+    build = partial(instantiate, cfg.model, **as_stored(settings["model"]))
+    model = build()
     if cfg.projector:
         load_projector(model, Path(cfg.projector))
     task: Task = instantiate(cfg.task)(model=model)
@@ -111,23 +116,25 @@ def train(cfg: DictConfig) -> None:
     if data.wants_features:
         use_features(data, model, settings["encoder"], half="bf16" in precision(cfg))
     halved = False
-    if isinstance(model, VideoLlava) and "bf16" in precision(cfg) and computes_in_bf16():
-        halved = halve_frozen(model, llm="Fsdp" not in str(cfg.trainer.strategy))  # FSDP2 wants one type in a layer
+    if isinstance(model, VideoLlava) and "Fsdp" not in str(cfg.trainer.strategy):  # which does it part by part
+        halved = set_precision(model, "bf16" in precision(cfg) and computes_in_bf16())
     preview = None
     if settings["preview"]:
         asked = {kind: folders for kind, folders in settings["preview"].items() if kind != "remedy"}
         preview = Preview(asked, task.specs, tokenizer, settings, settings["preview"]["remedy"])
     announce(cfg, task, data)
     history = History(run_dir)
-    trainer = build_trainer(cfg, settings, [Throughput(), history, progress_bar()], task)
+    callbacks = [Throughput(), history, progress_bar()]
+    callbacks.append(Durable(run_dir / "checkpoints", which, build, tokenizer, settings))
+    trainer = build_trainer(cfg, settings, callbacks, task)
     trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
+    together = preview.rows(task.model) if preview and task.sharded else []  # by all processes
     if not trainer.is_global_zero:
         return
-    if halved or task.whole:
-        weights = task.trained_weights()
-        task.model = instantiate(cfg.model)  # its frozen weights are what they were
-        left_over = task.model.load_state_dict(weights, strict=False).unexpected_keys
-        assert not left_over, left_over
+    if halved or task.whole:  # the frozen weights of a model anew are what they were
+        task.model = with_weights(
+            build if task.sharded else partial(instantiate, cfg.model), task.trained_weights(), run_dir
+        )
     task.export(run_dir / "checkpoint", tokenizer, settings)
     if (run_dir / RESUME).is_dir():  # DeepSpeed's
         shutil.rmtree(run_dir / RESUME)
@@ -136,7 +143,7 @@ def train(cfg: DictConfig) -> None:
     if "warning" in facts:
         print(f"warning: {facts['warning']}")
     metrics = history.finish(facts)
-    rows = preview.rows(task.model) if preview else []
+    rows = preview.rows(task.model) if preview and not task.sharded else together
     log_samples(trainer.logger, rows)
     write_report(run_dir, run_dir.name, {}, rows, {cfg.experiment: run_dir / "loss.png"}, metrics)
     print(f"{cfg.experiment}: done in {time.time() - started:.0f} s; checkpoint, figures and report.html in {run_dir}")

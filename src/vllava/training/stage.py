@@ -30,8 +30,8 @@ class Stage(Task):
     def idle_loss(self) -> Tensor:
         return self.model.loss_sum(idle_batch().to(self.device)) * 0
 
-    def shard(self, mesh: Any) -> None:
-        shard(self.model, mesh)
+    def shard(self, mesh: Any, half: bool) -> None:
+        shard(self.model, mesh, half)
 
     @property
     def specs(self) -> dict[str, MediumSpec]:
