@@ -31,7 +31,8 @@ from vllava.training.task import Recipe
 
 HEADER = (
     "FSDP2 on the CPU, an LLM of 100 M weights: peak memory of the largest process in MB above the idle one, mapped "
-    "files not counted, by what it does (saving: with the training beside it), and seconds that training stands still for a save"
+    "files not counted, by what it does (saving: with the training beside it), and seconds "
+    "that training stands still for a save"
 )
 PROCESSES = (2, 4)
 SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 12}

@@ -109,8 +109,8 @@ def test_in_bf16_the_losses_are_those_of_autocast_and_only_frozen_matrices_are_h
     _, expected = alone(whole, folder, "auto", precision="bf16-mixed")
     torch.manual_seed(0)
     task, losses = alone(stage(folder, trained, lora=lora), folder, Fsdp(), precision="bf16-mixed")
-    assert [row["loss"] for row in losses] == pytest.approx([row["loss"] for row in expected], rel=5e-3)
-    assert losses[0]["loss"] > losses[-1]["loss"]
+    for ours, theirs in zip(losses, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=5e-3)
     for name, weight in task.model.named_parameters():
         frozen_matrix = not weight.requires_grad and weight.ndim == 2 and "embed_tokens" not in name
         assert weight.dtype == (torch.bfloat16 if frozen_matrix else torch.float32), name
