@@ -1,17 +1,18 @@
 """A model that is shared out: read in parts, saved in parts, continued by another number of processes."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import sharded_run
 import torch
 from safetensors.torch import load_file
 from shard_fixtures import ROOT
 from sharded_run import STEPS, Losses, Shares, stage, trainer_for
-from torch import nn
 from torch.testing import assert_close
 
 from vllava.errors import UserError
@@ -49,9 +50,9 @@ def two(folder):
 def alone():
     """A function that trains in this very process; returns the task and the metrics of each step."""
 
-    def fit(task, folder, strategy, done=0, resumed=None, **settings):
+    def fit(task, folder, strategy, done=0, resumed=None, callbacks=(), **settings):
         losses = Losses()
-        trainer = trainer_for(folder, strategy, callbacks=[losses], **settings)
+        trainer = trainer_for(folder, strategy, callbacks=[losses, *callbacks], **settings)
         trainer.fit(task, Shares(done), ckpt_path=resumed)
         assert trainer.global_step == STEPS
         return task, losses.values
@@ -95,8 +96,37 @@ def test_a_state_that_another_trainer_has_saved_is_refused(folder, alone, tmp_pa
         alone(stage(folder), folder, Fsdp(), resumed=tmp_path / "resume.ckpt")
 
 
-def matrices(model):
-    return {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+class Fails(L.Callback):
+    """Saves where it cannot: at once and in the background."""
+
+    def __init__(self, path, error):
+        self.path = path
+        self.error = error
+
+    def on_train_batch_end(self, trainer, task, *_):
+        with pytest.raises(UserError, match=self.error):
+            trainer.save_checkpoint(self.path)
+        with pytest.raises(UserError, match=self.error):
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            trainer.strategy.save_in_background(checkpoint, self.path).result()
+        assert not self.path.exists() or not (self.path / ".metadata").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_in_words(folder, alone, tmp_path):
+    (tmp_path / "file").touch()
+    fails = Fails(tmp_path / "file" / "state", r"state(\.part)? cannot be written \(.*Not a directory")
+    alone(stage(folder), folder, Fsdp(), callbacks=[fails])
+
+
+def test_a_part_that_does_not_fit_the_disk_is_said_in_words(folder, alone, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fails = Fails(tmp_path / "state", r"state(\.part)? cannot be written \(process 0: .*File too large")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):  # what was trained does not fit either
+            alone(stage(folder), folder, Fsdp(), callbacks=[fails])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.skipif(not computes_in_bf16(), reason="this processor has no bfloat16")

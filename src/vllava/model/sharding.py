@@ -43,6 +43,7 @@ def _cast(module: nn.Module, types: dict[str, torch.dtype]) -> None:
     for name, parameter in list(module.named_parameters()):
         if name in types and parameter.dtype != types[name]:
             put_in_place(module, {name: parameter.detach().to(types[name])})
+    module.to(next(module.parameters()).device)  # FSDP looks for its parts anew, and lets go of those before
 
 
 def gathered(model: nn.Module, names: Collection[str], folder: Path, keep: bool) -> dict[str, Tensor]:

@@ -41,7 +41,8 @@ class Stage(Task):
         self.model.require_context(settings["data"]["max_length"])
 
     def export(self, folder: Path, tokenizer: Any, settings: dict) -> None:
-        self.model.llm = merged(self.model.llm)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.model.llm = merged(self.model.llm, folder.parent)
         description = Description(
             encoders={kind: settings["encoder"][kind] for kind in self.model.encoders},
             llm=settings["tokenizer"],

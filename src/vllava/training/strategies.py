@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from vllava.errors import UserError
+from vllava.errors import UserError, reason
 
 REST = "rest.ckpt"  # in a sharded checkpoint's folder: all but the weights and the states of their optimisers
 
@@ -61,7 +63,10 @@ class Fsdp(ModelParallelStrategy):
         path = Path(filepath)
         unfinished = path.with_name(f"{path.name}.part")
         state = self._begin(checkpoint, unfinished)
-        dcp.save(state, checkpoint_id=unfinished, process_group=self._beside)
+        try:
+            dcp.save(state, checkpoint_id=unfinished, process_group=self._beside)
+        except CheckpointException as error:  # in all processes
+            raise _unwritten(unfinished, error) from error
         if self.is_global_zero:
             shutil.rmtree(path, ignore_errors=True)
             os.replace(unfinished, path)
@@ -70,27 +75,42 @@ class Fsdp(ModelParallelStrategy):
     def save_in_background(self, checkpoint: dict[str, Any], path: Path) -> Future:
         """Copy this process's part and write the copy to the folder `path` while training goes on.
 
-        The future is done when every process has written its part: the folder is whole then, or the future has the
-        error. A save waits for the one before it.
+        The future is done when every process has written its part: the folder is whole then, or the future has a
+        UserError that says why not. A save waits for the one before it.
         """
         saving: Any = dcp.async_save(self._begin(checkpoint, path), checkpoint_id=path, process_group=self._beside)
-        self._last = saving if isinstance(saving, Future) else saving.upload_completion
-        return self._last
+        done: Future[Path] = Future()
+        self._last = done
+
+        def finish(written: Future) -> None:
+            error = written.exception()
+            if error is None:
+                done.set_result(path)
+            else:
+                done.set_exception(_unwritten(path, error) if isinstance(error, CheckpointException) else error)
+
+        (saving if isinstance(saving, Future) else saving.upload_completion).add_done_callback(finish)
+        return done
 
     def _begin(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """Make the folder and write all but the tensors, which are returned."""
+        """Make the folder and write all but the tensors, which are returned; raises UserError in all processes."""
         if self._last is not None:
             wait([self._last])
         states = {f"optimizer_{i}": state for i, state in enumerate(checkpoint["optimizer_states"])}
+        failed = None
         if self.is_global_zero:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
             rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-            with open(folder / REST, "wb") as file:
-                torch.save(rest, file)
-                file.flush()
-                os.fsync(file.fileno())
-        self.barrier()
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                with open(folder / REST, "wb") as file:
+                    file.write(_serialised(rest))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                failed = reason(error)
+        if failed := self.broadcast(failed):
+            raise UserError(f"{folder} cannot be written ({failed}).")
         return {"state_dict": checkpoint["state_dict"], **states}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -112,6 +132,18 @@ class Fsdp(ModelParallelStrategy):
         for number, optimizer in enumerate(self.optimizers):
             set_optimizer_state_dict(model, optimizer, state[f"optimizer_{number}"])
         return torch.load(path / REST, map_location="cpu", weights_only=weights_only)
+
+
+def _serialised(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unwritten(folder: Path, error: CheckpointException) -> UserError:
+    """What is said where some process could not write its part."""
+    rank, (why, _) = min(error.failures.items())
+    return UserError(f"{folder} cannot be written (process {rank}: {reason(why)}).")
 
 
 class DeepSpeed(DeepSpeedStrategy):
