@@ -121,6 +121,12 @@ def test_the_newest_and_the_best_are_kept(fit, metric, values, best):
     assert found == {"metric": "val", "value": values[best - 1], "step": best, "checkpoint": steps(best)[0]}
 
 
+def test_a_metric_that_nobody_measures_is_said_with_those_there_are(fit, caplog):
+    _, _, written = fit(every_steps=4, keep_best="val_loss")
+    assert names(written) == steps(4)
+    assert "val_loss is not measured (there are: gradient_norm, loss, lr" in caplog.text
+
+
 def test_of_an_accuracy_the_largest_is_best():
     assert Checkpoints(every_steps=1, keep_best="val_accuracy/toy").larger_is_better
     assert not Checkpoints(every_steps=1, keep_best="val_loss/toy").larger_is_better

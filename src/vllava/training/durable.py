@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -97,7 +97,7 @@ class Durable(L.Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write(task, weights, step)
             if self.which.keep_best:
-                self._judge(step, trainer.callback_metrics.get(self.which.keep_best))
+                self._judge(step, trainer.callback_metrics)
             self._prune()
         trainer.strategy.barrier()
 
@@ -113,19 +113,23 @@ class Durable(L.Callback):
         with task.lent(model):
             task.export(path, self.tokenizer, self.settings)
 
-    def _judge(self, step: int, value: Any) -> None:
-        """Write down that this step is the best one, if it is."""
+    def _judge(self, step: int, metrics: Mapping[str, Tensor]) -> None:
+        """Write down that this step is the best one, if it is, by the metric as it was measured last."""
         metric = self.which.keep_best
-        if value is None or not torch.isfinite(torch.as_tensor(value)):
-            log.warning("step %d: %s is %s, so this checkpoint cannot be the best one", step, metric, value)
+        value = metrics.get(str(metric))
+        if value is None or not value.isfinite():
+            what = (
+                f"is {value:.3g}" if value is not None else f"is not measured (there are: {', '.join(sorted(metrics))})"
+            )
+            log.warning("the checkpoint of step %d cannot be the best one: %s %s", step, metric, what)
             return
-        best, value = self.best(), float(value)
+        best, found = self.best(), float(value)
         sign = -1 if self.which.larger_is_better else 1
-        if best is not None and best["step"] != step and sign * value >= sign * best["value"]:
+        if best is not None and best["step"] != step and sign * found >= sign * best["value"]:
             return
-        found = {"metric": metric, "value": value, "step": step, "checkpoint": f"step-{step:08d}"}
+        note = {"metric": metric, "value": found, "step": step, "checkpoint": f"step-{step:08d}"}
         unfinished = self.folder / f"{BEST}.part"
-        unfinished.write_text(json.dumps(found, indent=1) + "\n")
+        unfinished.write_text(json.dumps(note, indent=1) + "\n")
         os.replace(unfinished, self.folder / BEST)
 
     def best(self) -> dict[str, Any] | None:
