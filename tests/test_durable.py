@@ -149,6 +149,12 @@ def test_what_somebody_has_put_into_one_is_never_deleted(fit, caplog):
     assert "no checkpoint of step 2" in caplog.text and "notes.txt" in caplog.text
 
 
+def test_a_place_that_cannot_be_written_stops_the_run_in_words(fit, tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(UserError, match=r"checkpoints cannot be written \(.*File exists"):
+        fit(every_steps=2)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

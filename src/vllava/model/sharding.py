@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from vllava.errors import UserError, reason
 from vllava.model.build import layers_of
 from vllava.model.mapped import put_in_place, spooled
 from vllava.model.precision import training_types
@@ -50,6 +51,7 @@ def gathered(model: nn.Module, names: Collection[str], folder: Path, keep: bool)
     """The whole weights of these names, gathered one after the other into a file on the disk of `folder`, and mapped.
 
     Every process has to call this; those that do not `keep` them get none. None holds more than one weight at a time.
+    Raises UserError, in the process that keeps them, where the disk does not take them.
     """
     sharded = model.state_dict()  # parts, and not what may be gathered just now
 
@@ -58,8 +60,13 @@ def gathered(model: nn.Module, names: Collection[str], folder: Path, keep: bool)
             weight = sharded[name]
             yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
-    if keep:
-        return spooled(each(), folder)
-    for _ in each():
-        pass
+    weights = each()
+    try:
+        if keep:
+            return spooled(weights, folder)
+    except OSError as error:
+        raise UserError(f"The trained weights cannot be kept on the disk of {folder} ({reason(error)}).") from error
+    finally:
+        for _ in weights:  # whatever happens here, the others wait for this process at each
+            pass
     return {}

@@ -17,7 +17,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from vllava.errors import UserError, require_known
+from vllava.errors import UserError, reason, require_known
 from vllava.folders import RECORD, entries, require_replaceable
 from vllava.model.mapped import with_weights
 from vllava.training.task import Task
@@ -92,14 +92,21 @@ class Durable(L.Callback):
         step = trainer.global_step
         if not self.which.every_steps or step % self.which.every_steps:
             return
-        weights = task.whole_weights()
-        if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(task, weights, step)
-            if self.which.keep_best:
-                self._judge(step, trainer.callback_metrics)
-            self._prune()
-        trainer.strategy.barrier()
+        failed = None
+        try:
+            weights = task.whole_weights()
+            if trainer.is_global_zero:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._write(task, weights, step)
+                if self.which.keep_best:
+                    self._judge(step, trainer.callback_metrics)
+                self._prune()
+        except UserError as error:
+            failed = str(error)
+        except OSError as error:
+            failed = f"{self.folder} cannot be written ({reason(error)})."
+        if failed := trainer.strategy.broadcast(failed):  # all stop, or none
+            raise UserError(failed)
 
     def _write(self, task: Task, weights: dict[str, Tensor], step: int) -> None:
         path = self.folder / f"step-{step:08d}"
