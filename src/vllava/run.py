@@ -105,10 +105,8 @@ def train(cfg: DictConfig) -> None:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     tokenizer = load_tokenizer(cfg.tokenizer)
     which = Checkpoints.of(settings["checkpoint"])
-    build = partial(instantiate, cfg.model, **as_stored(settings["model"]))
-    model = build()
-    if cfg.projector:
-        load_projector(model, Path(cfg.projector))
+    stored = partial(foundation, cfg, **as_stored(settings["model"]))
+    model = stored()
     task: Task = instantiate(cfg.task)(model=model)
     task.broken_list = BrokenList(run_dir / "broken.jsonl")
     task.check(settings)
@@ -125,16 +123,15 @@ def train(cfg: DictConfig) -> None:
     announce(cfg, task, data)
     history = History(run_dir)
     callbacks = [Throughput(), history, progress_bar()]
-    callbacks.append(Durable(run_dir / "checkpoints", which, build, tokenizer, settings))
+    callbacks.append(Durable(run_dir / "checkpoints", which, stored, tokenizer, settings))
     trainer = build_trainer(cfg, settings, callbacks, task)
     trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
     together = preview.rows(task.model) if preview and task.sharded else []  # by all processes
     if not trainer.is_global_zero:
         return
     if halved or task.whole:  # the frozen weights of a model anew are what they were
-        task.model = with_weights(
-            build if task.sharded else partial(instantiate, cfg.model), task.trained_weights(), run_dir
-        )
+        anew = stored if task.sharded else partial(foundation, cfg)
+        task.model = with_weights(anew, task.trained_weights(), run_dir)
     task.export(run_dir / "checkpoint", tokenizer, settings)
     if (run_dir / RESUME).is_dir():  # DeepSpeed's
         shutil.rmtree(run_dir / RESUME)
@@ -147,6 +144,14 @@ def train(cfg: DictConfig) -> None:
     log_samples(trainer.logger, rows)
     write_report(run_dir, run_dir.name, {}, rows, {cfg.experiment: run_dir / "loss.png"}, metrics)
     print(f"{cfg.experiment}: done in {time.time() - started:.0f} s; checkpoint, figures and report.html in {run_dir}")
+
+
+def foundation(cfg: DictConfig, **changes: Any) -> Any:
+    """The model as it is before training; `changes` to its settings say how to read it."""
+    model = instantiate(cfg.model, **changes)
+    if cfg.projector:
+        load_projector(model, Path(cfg.projector))
+    return model
 
 
 def unfinished(run_dir: Path, settings: Any) -> str | None:

@@ -125,9 +125,8 @@ class Durable(L.Callback):
         metric = self.which.keep_best
         value = metrics.get(str(metric))
         if value is None or not value.isfinite():
-            what = (
-                f"is {value:.3g}" if value is not None else f"is not measured (there are: {', '.join(sorted(metrics))})"
-            )
+            others = ", ".join(sorted(metrics))
+            what = f"is not measured (there are: {others})" if value is None else f"is {value:.3g}"
             log.warning("the checkpoint of step %d cannot be the best one: %s %s", step, metric, what)
             return
         best, found = self.best(), float(value)
