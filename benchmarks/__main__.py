@@ -23,10 +23,25 @@ from benchmarks import (
     memory,
     prepare,
     scaling,
+    sharded,
     step,
 )
 
-_MODULES = (step, ablation, balance, data, loader, prepare, decoding, end_to_end, generation, memory, scaling, gpu)
+_MODULES = (
+    step,
+    ablation,
+    balance,
+    data,
+    loader,
+    prepare,
+    decoding,
+    end_to_end,
+    generation,
+    memory,
+    scaling,
+    sharded,
+    gpu,
+)
 PARTS = {part.__name__.split(".")[1]: part for part in _MODULES}
 
 

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "conversation": {"batch", "errors", "templates"},
     "data": {"batch", "checks", "errors", "folders", "conversation", "pixels"},
     "model": {"batch", "checks", "errors", "folders", "conversation", "pixels"},
-    "training": {"batch", "checks", "errors", "model", "pixels", "stops"},
+    "training": {"batch", "checks", "errors", "folders", "model", "pixels", "stops"},
     "inspection": {"batch", "errors", "conversation", "data", "training"},
     "evaluation": {"batch", "checks", "errors", "folders", "conversation", "data", "model"},
 }

@@ -12,7 +12,7 @@ from vllava.data.packing import pack
 from vllava.errors import UserError
 from vllava.model.build import video_llava
 from vllava.model.checkpoint import load
-from vllava.model.lora import Lora, add_lora
+from vllava.model.lora import Lora, add_lora, merged
 from vllava.training.stage import Stage
 from vllava.training.task import Recipe
 
@@ -108,3 +108,16 @@ def test_the_checkpoint_holds_the_merged_model(adapted, prepared, image_folder, 
 
 def test_the_configuration_makes_adapters(make_llm):
     assert any("lora" in n for n, _ in video_llava(make_llm(), lora={"r": 2, "alpha": 4}).named_parameters())
+
+
+def test_adapters_merged_a_weight_at_a_time_are_those_merged_at_once(make_model, prepared, tmp_path):
+    models = []
+    for folder in (None, tmp_path):
+        torch.manual_seed(0)
+        model = make_model()
+        model.llm = add_lora(model.llm, Lora(r=4, alpha=8, dropout=0.0))
+        trained(model, prepared, steps=2)
+        models.append(merged(model.llm, folder).state_dict())
+    assert models[0].keys() == models[1].keys() and not any("lora" in name for name in models[0])
+    assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+    assert list(tmp_path.iterdir()) == []

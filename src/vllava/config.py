@@ -35,7 +35,7 @@ CONF = PROJECT / "conf"
 TOP_LEVEL = {
     "experiment", "ablation", "seed", "chain", "runs", "run_dir", "world", "log_level", "save_minutes", "stop_seconds",
     "model", "foundations", "recipes", "tokenizer", "template", "encoder", "projector", "data", "task", "trainer",
-    "logger", "callbacks", "preview", "evaluation", "validation", "toy", "rerun",
+    "logger", "callbacks", "preview", "evaluation", "validation", "toy", "rerun", "checkpoint",
 }
 # fmt: on
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")

@@ -217,7 +217,8 @@ def _memory(
             optimizer, host = 0.0, optimizer
     elif target == "Fsdp":  # all but the encoders is shared out; one layer at a time is gathered
         encoders = sum(size for name, size in parameters.items() if name.endswith("encoder"))
-        weights = 2.0 * encoders + 4.0 * (total - encoders) / gpus + 2 * 2.0 * layer
+        frozen = total - encoders - learnt  # kept in bf16, as the encoders are
+        weights = 2.0 * encoders + (4.0 * learnt + 2.0 * frozen) / gpus + 2 * 2.0 * layer
         gradients, optimizer = 4.0 * learnt / gpus, states / gpus
     else:
         # Frozen weights are kept in bf16; of trained ones autocast makes a copy.

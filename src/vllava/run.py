@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from vllava.features import use_features
 from vllava.folders import require_replaceable
 from vllava.identity import Identity, evaluation_identity, identity_of
 from vllava.lineage import resolve
-from vllava.model.build import load_tokenizer
+from vllava.model.build import as_stored, load_tokenizer
 from vllava.model.checkpoint import load_projector
 from vllava.model.device import best_device, computes_in_bf16
-from vllava.model.precision import halve_frozen
+from vllava.model.mapped import with_weights
+from vllava.model.precision import set_precision
 from vllava.model.video_llava import VideoLlava
 from vllava.options import cut_short, extra_callbacks, implied, in_words, with_extras
 from vllava.runs import Run, claim, is_first_process, occupied, place, read_run
@@ -41,6 +43,7 @@ from vllava.stops import Stops
 from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, Throughput, progress_bar
 from vllava.training.continued import Follow
+from vllava.training.durable import Checkpoints, Durable
 from vllava.training.finite import require_finite
 from vllava.training.loggers import log_samples
 from vllava.training.ranks import Ranks, end_with_launcher, explaining
@@ -139,9 +142,9 @@ def train(cfg: DictConfig, stops: Stops) -> None:
     require_replaceable(run_dir / "checkpoint")  # now, and not when all the work is done
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     tokenizer = load_tokenizer(cfg.tokenizer)
-    model = instantiate(cfg.model)
-    if cfg.projector:
-        load_projector(model, Path(cfg.projector))
+    which = Checkpoints.of(settings["checkpoint"])
+    stored = partial(foundation, cfg, **as_stored(settings["model"]))
+    model = stored()
     task: Task = instantiate(cfg.task)(model=model)
     task.broken_list = BrokenList(run_dir / "broken.jsonl")
     task.check(settings)
@@ -149,8 +152,8 @@ def train(cfg: DictConfig, stops: Stops) -> None:
     if data.wants_features:
         use_features(data, model, settings["encoder"], half="bf16" in precision(cfg))
     halved = False
-    if isinstance(model, VideoLlava) and "bf16" in precision(cfg) and computes_in_bf16():
-        halved = halve_frozen(model, llm="Fsdp" not in str(cfg.trainer.strategy))  # FSDP2 wants one type in a layer
+    if isinstance(model, VideoLlava) and "Fsdp" not in str(cfg.trainer.strategy):  # which does it part by part
+        halved = set_precision(model, "bf16" in precision(cfg) and computes_in_bf16())
     preview = None
     if settings["preview"]:
         asked = {kind: folders for kind, folders in settings["preview"].items() if kind != "remedy"}
@@ -158,19 +161,19 @@ def train(cfg: DictConfig, stops: Stops) -> None:
     history, throughput = History(run_dir), Throughput()
     watched = validation(settings, task, tokenizer, preview, history.extra.update)
     saving = SaveToResume(Generations(run_dir / RESUME), cfg.save_minutes, stops)
-    trainer = build_trainer(cfg, settings, [throughput, *watched, history, progress_bar()], saving, task)
+    durable = Durable(run_dir / "checkpoints", which, stored, tokenizer, settings)
+    trainer = build_trainer(cfg, settings, [throughput, *watched, history, progress_bar(), durable], saving, task)
     data.trainer = trainer  # which may limit an epoch
     announce(cfg, task, data)
     show_model(task.model, run_dir)
     with in_words(), explaining(Ranks(trainer, stops), stops):
         trainer.fit(task, data, ckpt_path=unfinished(run_dir, settings))
+    together = preview.rows(task.model) if preview and task.sharded else []  # by all processes
     if not trainer.is_global_zero:
         return
-    if halved or task.whole:
-        weights = task.trained_weights()
-        task.model = instantiate(cfg.model)  # its frozen weights are what they were
-        left_over = task.model.load_state_dict(weights, strict=False).unexpected_keys
-        assert not left_over, left_over
+    if halved or task.whole:  # the frozen weights of a model anew are what they were
+        anew = stored if task.sharded else partial(foundation, cfg)
+        task.model = with_weights(anew, task.trained_weights(), run_dir)
     require_finite(task.trained_weights())
     task.export(run_dir / "checkpoint", tokenizer, settings)
     facts = {**task.facts(), **cut_short(task), **throughput.facts()}
@@ -180,10 +183,18 @@ def train(cfg: DictConfig, stops: Stops) -> None:
     if "warning" in facts:
         print(f"warning: {facts['warning']}")
     metrics = history.finish(facts)
-    rows = preview.rows(task.model) if preview else []
+    rows = preview.rows(task.model) if preview and not task.sharded else together
     log_samples(trainer.loggers, rows)
     write_report(run_dir, run_dir.name, {}, rows, {cfg.experiment: run_dir / "loss.png"}, metrics)
     print(f"{cfg.experiment}: done in {time.time() - started:.0f} s; checkpoint, figures and report.html in {run_dir}")
+
+
+def foundation(cfg: DictConfig, **changes: Any) -> Any:
+    """The model as it is before training; `changes` to its settings say how to read it."""
+    model = instantiate(cfg.model, **changes)
+    if cfg.projector:
+        load_projector(model, Path(cfg.projector))
+    return model
 
 
 def unfinished(run_dir: Path, settings: Any) -> str | None:

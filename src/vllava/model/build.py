@@ -31,18 +31,23 @@ from vllava.model.video_llava import VideoLlava
 
 
 def load_llm(
-    path: str, gradient_checkpointing: bool = False, four_bit: bool = False, compile_layers: bool = False
+    path: str,
+    gradient_checkpointing: bool = False,
+    four_bit: bool = False,
+    compile_layers: bool = False,
+    as_stored: bool = False,
 ) -> nn.Module:
     """Any causal LM that `transformers` can load, in float32, with attention over packed rows.
 
     `gradient_checkpointing` keeps only each layer's input for the backward pass; `four_bit` quantises the weights to
-    NF4 (QLoRA), which needs a GPU and bitsandbytes; `compile_layers` lets torch.compile have each layer. Raises
-    UserError for a checkpoint that is damaged, or is not wholly one of a causal LM, see `read_llm`.
+    NF4 (QLoRA), which needs a GPU and bitsandbytes; `compile_layers` lets torch.compile have each layer; `as_stored`
+    leaves the weights in their files, for one who will cast them, see `set_precision`. Raises UserError for a
+    checkpoint that is damaged, or is not wholly one of a causal LM, see `read_llm`.
     """
     _local_or_hub(path, "language model")
     settings: dict[str, Any] = {"quantization_config": _nf4()} if four_bit else {}
     checkpoint = Checkpoint(path)
-    llm = read_llm(checkpoint, path, **settings)
+    llm = read_llm(checkpoint, path, as_stored and not four_bit, **settings)
     # A projector belongs to the LLM it was trained with, which is known by this, as encoders are.
     llm.folder, llm.sha256 = checkpoint.folder, checkpoint.sha256
     if gradient_checkpointing:
@@ -51,6 +56,13 @@ def load_llm(
         for layer in layers_of(llm):
             layer.compile(dynamic=True)
     return llm
+
+
+def as_stored(settings: dict) -> dict[str, Any]:
+    """What to add to the settings of a model for its LLM to be read as it is stored, where `load_llm` reads it."""
+    llm = settings.get("llm")
+    reads = isinstance(llm, dict) and llm.get("_target_") == f"{load_llm.__module__}.{load_llm.__name__}"
+    return {"llm": {"as_stored": True}} if reads else {}
 
 
 def layers_of(llm: Any) -> nn.ModuleList:

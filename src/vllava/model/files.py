@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from vllava.errors import UserError, reading, reason
 from vllava.folders import replacing, sha256_of
 from vllava.model.headers import load_pickled, only_tensors, read_json, read_layout
+from vllava.model.mapped import spooled
 
 log = logging.getLogger(__name__)
 
@@ -256,8 +257,10 @@ def save_half(model: PreTrainedModel, folder: Path) -> None:
 
 
 def write_half(model: PreTrainedModel, folder: Path) -> None:
-    """`save_pretrained` in float16, as public checkpoints are kept."""
-    model.save_pretrained(folder, state_dict={name: value.half() for name, value in model.state_dict().items()})
+    """`save_pretrained` in float16, as public checkpoints are kept, a weight at a time in memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    halves = spooled(((name, value.half()) for name, value in model.state_dict().items()), folder)
+    model.save_pretrained(folder, state_dict=halves)
 
 
 def write_tensors(tensors: dict[str, Tensor], folder: Path, name: str | None = None) -> None:

@@ -27,8 +27,11 @@ _REPEATED = re.compile(r"^(num|n)_.*(layers?|experts)$|layers$|^depth$")  # each
 _CONSTANTS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 
 
-def read_llm(checkpoint: Checkpoint, path: str, **settings: Any) -> PreTrainedModel:
+def read_llm(checkpoint: Checkpoint, path: str, as_stored: bool = False, **settings: Any) -> PreTrainedModel:
     """The language model of a checkpoint in float32, with attention over packed rows; `path` is what the user said.
+
+    With `as_stored` the weights stay of the type that the files have, if it is one, and mapped: processes share the
+    pages, and memory is taken when a weight is cast or moved.
 
     Raises UserError, before the weights are read where the files' headers show it, for a checkpoint that is not one
     of a causal LM, is quantised, needs code of its own, or whose tensors are missing, left over, or of another shape
@@ -48,16 +51,22 @@ def read_llm(checkpoint: Checkpoint, path: str, **settings: Any) -> PreTrainedMo
                 config=wanted.config,
                 state_dict=tensors,
                 attn_implementation=PACKED,
-                dtype=torch.float32,
+                dtype=_stored_type(tensors) if as_stored else torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # we judge the report ourselves
                 generation_config=_generation_config(checkpoint.folder),
                 **settings,
             )
         judge(report, f"{path} does not fit {type(llm).__name__}")
-    llm.config.name_or_path = path
+    llm.config.name_or_path, llm.config.dtype = path, torch.float32  # however it is stored
     warn_of_no_numbers(llm, checkpoint.folder)
     return llm
+
+
+def _stored_type(tensors: dict[str, Tensor]) -> torch.dtype:
+    """The type of all weights, or float32 where they are of several."""
+    types = {value.dtype for value in tensors.values() if value.dtype in FLOATS}
+    return types.pop() if len(types) == 1 else torch.float32
 
 
 def read_config(checkpoint: Checkpoint, path: str) -> PreTrainedConfig:

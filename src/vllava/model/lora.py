@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vllava.checks import Count, ShareBelowOne
 from vllava.errors import UserError
+from vllava.model.mapped import put_in_place, spooled
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,25 @@ def add_lora(llm: nn.Module, settings: Lora) -> Any:
     return get_peft_model(llm, config)  # type: ignore[arg-type]
 
 
-def merged(llm: Any) -> Any:
-    """The LLM with its adapters, if it has any, added into its weights."""
-    return llm.merge_and_unload() if hasattr(llm, "merge_and_unload") else llm
+@torch.no_grad()
+def merged(llm: Any, folder: Path | None = None) -> Any:
+    """The LLM with its adapters, if it has any, added into its weights.
+
+    With `folder` the sums lie in a file on its disk, mapped, and one weight at a time is in memory.
+    """
+    if not hasattr(llm, "merge_and_unload"):
+        return llm
+    adapted = {name: module for name, module in llm.named_modules() if hasattr(module, "get_delta_weight")}
+    whole = all(module.base_layer.weight.dtype == torch.float32 for module in adapted.values())
+    if folder is None or not whole:  # `peft` knows how to add to quantised ones
+        return llm.merge_and_unload()
+    sums = ((f"{name}.base_layer.weight", _with_adapters(module)) for name, module in adapted.items())
+    put_in_place(llm, spooled(sums, folder))
+    return llm.unload()
+
+
+def _with_adapters(module: Any) -> Tensor:
+    weight = module.base_layer.weight
+    for name in module.active_adapters:
+        weight = weight + module.get_delta_weight(name)
+    return weight

@@ -42,8 +42,8 @@ class Stage(Task):
     def idle_loss(self) -> Tensor:
         return self.model.loss_sum(idle_batch().to(self.device)) * 0
 
-    def shard(self, mesh: Any) -> None:
-        shard(self.model, mesh)
+    def shard(self, mesh: Any, half: bool) -> None:
+        shard(self.model, mesh, half)
 
     @property
     def specs(self) -> dict[str, MediumSpec]:
@@ -53,8 +53,9 @@ class Stage(Task):
         self.model.require_context(settings["data"]["max_length"])
 
     def export(self, folder: Path, tokenizer: Any, settings: dict) -> None:
-        self.model.llm = merged(self.model.llm)
         llm = settings.get("model", {}).get("llm", {}).get("path", settings["tokenizer"])
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.model.llm = merged(self.model.llm, folder.parent)
         description = Description(
             encoders={kind: settings["encoder"][kind] for kind in self.model.encoders},
             llm=llm,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,8 @@ from transformers import get_cosine_schedule_with_warmup
 from vllava.batch import MediumSpec, Step
 from vllava.checks import OneOf, Share
 from vllava.errors import UserError
-from vllava.model.sharding import whole_state
+from vllava.model.device import computes_in_bf16
+from vllava.model.sharding import gathered
 from vllava.training.broken import BrokenLimit, BrokenList
 from vllava.training.finite import ACTIONS, OnNan, described
 from vllava.training.recipe import Recipe, freeze_all_but, parameter_groups
@@ -110,8 +112,8 @@ class Task(L.LightningModule):
         """A loss of zero in which every trained parameter has a part: the turn of a rank that has no micro-batch."""
         return torch.stack([p.sum() * 0 for p in self.parameters() if p.requires_grad]).sum()
 
-    def shard(self, mesh: Any) -> None:
-        """Share the model out among the devices of a mesh; raises UserError where a task cannot."""
+    def shard(self, mesh: Any, half: bool) -> None:
+        """Share the model out among devices, see `sharding.shard`; raises UserError where a task cannot."""
         raise UserError(f"trainer=fsdp is for the stages; {type(self).__name__} trains with trainer=auto or ddp.")
 
     @property
@@ -136,19 +138,39 @@ class Task(L.LightningModule):
                 "has no bfloat16; trainer=ddp does."
             )
         if isinstance(strategy, ModelParallelStrategy) and not self.sharded:
-            self.shard(self.device_mesh["data_parallel"])  # type: ignore[index]
+            half = "bf16" in str(self.trainer.precision) and computes_in_bf16()
+            self.shard(self.device_mesh["data_parallel"], half)  # type: ignore[index]
             self.sharded = True
 
     def on_train_end(self) -> None:
-        if self.sharded:
-            self.whole = whole_state(self.model)
-        elif isinstance(self.trainer.strategy, DeepSpeed):
-            self.whole = self.trainer.strategy.trained_state(self.model)
+        if self.sharded or isinstance(self.trainer.strategy, DeepSpeed):
+            self.whole = self.whole_weights()
 
     def trained_weights(self) -> dict[str, Tensor]:
         """What was trained, by the model's names; where the model was shared out, when training has ended."""
         trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         return {name: self.whole[name] for name in trained} if self.whole else trained
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """While training: what is trained, whole, in the first process; every process has to call this.
+
+        Of a model that is shared out they are mapped from a file on the run's disk; others are the very weights.
+        """
+        if isinstance(self.trainer.strategy, DeepSpeed):
+            return self.trainer.strategy.trained_state(self.model)
+        weights = self.trained_weights()
+        if self.sharded:
+            return gathered(self.model, weights, Path(self.trainer.default_root_dir), self.trainer.is_global_zero)
+        return weights
+
+    @contextmanager
+    def lent(self, model: nn.Module) -> Iterator[None]:
+        """Another model in the place of the one that trains, to be exported."""
+        own, self.model = self.model, model
+        try:
+            yield
+        finally:
+            self.model = own
 
     def on_train_start(self) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
