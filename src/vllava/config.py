@@ -50,7 +50,7 @@ _HINTS: dict[str, Any] = {
     "log_level": Annotated[str, OneOf(LOG_LEVELS)],
     **dict.fromkeys(("save_minutes", "stop_seconds"), NotNegative),
     "projector": str | None,
-    "foundations": dict[str, str],
+    "foundations": dict[str, str | list[str]],  # the list: folders to search
     **dict.fromkeys(("recipes", "encoder", "model", "data", "task", "trainer"), dict[str, Any]),
     **dict.fromkeys(("callbacks", "checkpoint", "validation", "preview", "evaluation", "toy"), dict[str, Any] | None),
 }
