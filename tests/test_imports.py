@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "evaluation": {"batch", "errors", "folders", "conversation", "data", "model"},
 }
 HYDRA = {"hydra", "omegaconf"}
-MAY_USE_HYDRA = {"chain.py", "config.py", "inspect_data.py", "plan.py", "run.py", "settle.py"}
+MAY_USE_HYDRA = {"chain.py", "config.py", "inspect_data.py", "plan.py", "run.py", "settle.py", "writable.py"}
 
 
 def imported_modules(code, package="vllava"):
