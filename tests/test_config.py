@@ -213,7 +213,7 @@ WRONG = {  # key -> what it cannot be; experiment=stage1 where no other is named
     "save_minutes": [-1, "soon", None, NAN],
     "log_level": ["LOUD", 5, None],
     "seed": [-1, "one", 1.5, None, True, 2**32],
-    "chain": ["stage1", [5], 5],
+    "chain": [[5], 5, [], "stage", "full", "[stage1,stage1]"],
     "runs": [5, None],
     "projector": [5, ["a"]],
     "evaluation": [5],

@@ -57,7 +57,7 @@ def whole(command, tmp_path_factory):
 
 
 def stop(command, run_dir, sent, after, whom="run"):
-    """Start a run, send it or its data worker a signal after so many steps; returns its exit code and what it said."""
+    """Start a run and send it, or its data worker, a signal after so many steps; returns exit code and output."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     running = subprocess.Popen([*command, f"run_dir={run_dir}"], cwd=ROOT, **pipes)
     deadline = time.time() + 120

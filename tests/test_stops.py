@@ -399,3 +399,11 @@ def test_a_write_in_the_background_that_fails_stops_the_run_in_words(generations
     with pytest.raises(UserError, match=r"step-0000000\d.part cannot be written .*No space left"):
         train(Line(), SaveToResume(generations, 0), strategy=Background(gate, fails=True))
     assert generations.newest() == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_anything_is_done(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    command = [sys.executable, "train.py", "+experiment=stage1", f"run_dir={tmp_path / 'file' / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: The folder {tmp_path / 'file' / 'run'} cannot be written to (")

@@ -72,6 +72,7 @@ def run(cfg: DictConfig) -> None:
         with occupied(Run(folder, cfg.experiment, cfg.ablation, cfg.seed, identity(cfg))) as run:
             if run is None:
                 say_finished(folder)
+                Generations(folder / RESUME).clear()  # the run may have been killed before it did
             elif cfg.chain:
                 run_chain(cfg)
                 run.finish()
