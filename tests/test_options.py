@@ -16,7 +16,8 @@ from vllava.data.build import conversation_data
 from vllava.errors import UserError
 from vllava.options import HINTS, REFUSED, check_trainer
 from vllava.run import build_trainer
-from vllava.training.callbacks import History, SaveToResume, progress_bar
+from vllava.training.callbacks import History, progress_bar
+from vllava.training.saving import Generations, SaveToResume
 from vllava.training.stage import Stage
 from vllava.training.task import Recipe
 
@@ -118,9 +119,9 @@ def test_overfitting_shows_the_same_samples_in_every_epoch(fit):
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_an_interrupted_run_with_a_limit_ends_as_an_undisturbed_one(fit, tmp_path, options, after):
     whole, _, rates = fit(max_epochs=2, **options)
-    save = SaveToResume(tmp_path / "resume.ckpt", 0)
-    fit([save, Dies(after)], max_epochs=2, **options)
-    resumed, _, later = fit([], str(tmp_path / "resume.ckpt"), max_epochs=2, **options)
+    states = Generations(tmp_path / "resume")
+    fit([SaveToResume(states, 0), Dies(after)], max_epochs=2, **options)
+    resumed, _, later = fit([], str(states.newest()[0]), max_epochs=2, **options)
     assert later == pytest.approx(rates[after:])
     assert resumed.samples_seen == whole.samples_seen
     assert torch.equal(weights(resumed), weights(whole))
@@ -171,7 +172,8 @@ def built(tmp_path, monkeypatch):
     def build(*overrides):
         cfg = composed(["+experiment=stage1", "logger=none", f"run_dir={tmp_path}", "trainer=single", *overrides])
         settings = OmegaConf.to_container(cfg, resolve=True)
-        return build_trainer(cfg, settings, [History(tmp_path), progress_bar()], None)
+        saving = SaveToResume(Generations(tmp_path / "resume"), 5)
+        return build_trainer(cfg, settings, [History(tmp_path), progress_bar()], saving, None)
 
     return build
 
