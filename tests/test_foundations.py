@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import LlamaForCausalLM
 
 from data_prep.toy import make
-from vllava.config import CONF, register_resolvers
+from vllava.config import composed
 from vllava.evaluation.foundations import RECORD, RUNS, measure, recipe
 from vllava.model.build import fresh_llm, load_tokenizer
 from vllava.model.files import Checkpoint
@@ -30,10 +29,8 @@ def test_weights_are_those_that_were_recorded(name):
 
 @pytest.mark.parametrize(("name", "experiment"), [(name, one) for name, several in RUNS.items() for one in several])
 def test_recipe_is_what_the_configuration_says_today(name, experiment):
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=[f"+experiment={experiment}"])
-    assert recipe(OmegaConf.to_container(cfg, resolve=True)) == RECORDED[name]["recipes"][experiment]
+    cfg = composed([f"+experiment={experiment}"])
+    assert recipe(OmegaConf.to_container(cfg, resolve=True)) == recipe(RECORDED[name]["recipes"][experiment])
 
 
 def test_a_phrase_starts_as_the_sum_of_its_words_and_no_other_token_is_touched():

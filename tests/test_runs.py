@@ -203,6 +203,12 @@ def test_results_of_a_version_that_kept_no_record_are_not_written_over(run, tmp_
         pass
 
 
+def test_a_folder_that_cannot_be_made_is_an_error_in_words(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/file/run cannot be written \(Not a directory\): choose"):
+        claim(tmp_path / "file" / "run")
+
+
 def test_a_damaged_record_is_an_error_that_names_it(run):
     (run(finished=True).folder / "run.json").write_text('{"version": 1')
     with pytest.raises(UserError, match=r"run\.json cannot be read"), occupied(run()):

@@ -22,6 +22,7 @@ from vllava.evaluation.held_out import HeldOutRows, short_names
 from vllava.model.flops import costs_of, peak
 from vllava.model.lora import Lora, add_lora
 from vllava.model.tree import tree
+from vllava.stops import Stops
 from vllava.training.callbacks import History, Throughput, plain, read_history
 from vllava.training.finite import IN_A_ROW, OnNan, require_finite
 from vllava.training.stage import Stage
@@ -141,7 +142,7 @@ def test_a_run_that_diverges_in_its_last_step_exports_nothing(tmp_path):
     overrides += [f"run_dir={tmp_path}/run", "preview=null"]
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match=r"llm\..* reaches .*Nothing was exported"):
-        run.train(composed(overrides))
+        run.train(composed(overrides), Stops(60))
     assert not (tmp_path / "run" / "checkpoint").exists()
     assert "LlamaDecoderLayer" in (tmp_path / "run" / "model.txt").read_text()
 

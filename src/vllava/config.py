@@ -173,6 +173,8 @@ def check(cfg: DictConfig) -> None:
 
 def _check_chain(cfg: DictConfig) -> None:
     """A chain names experiments that there are, none of them a chain; one of the command line needs no experiment."""
+    given = typing.cast(dict, OmegaConf.to_container(cfg, resolve=False))["chain"]
+    require("chain", given, list[str] | str)
     known = _names("experiment").split(", ")
     parts = [cfg.chain] if isinstance(cfg.chain, str) else list(cfg.chain)
     for part in parts:

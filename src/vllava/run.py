@@ -77,6 +77,7 @@ def run(cfg: DictConfig) -> None:
                 run_chain(cfg)
                 run.finish()
             else:
+                end_with_launcher(HydraConfig.get().job.name)
                 with stops:
                     instantiate(cfg.evaluation) if cfg.evaluation else train(cfg, stops)
                     if is_first_process():
@@ -135,7 +136,6 @@ def require_cuda_for_deepspeed(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig, stops: Stops) -> None:
     """One training run: build, fit, export to `checkpoint/`, write the figures."""
-    end_with_launcher(HydraConfig.get().job.name)
     require_cuda_for_deepspeed(cfg)
     started = time.time()
     run_dir = Path(cfg.run_dir)
@@ -172,10 +172,11 @@ def train(cfg: DictConfig, stops: Stops) -> None:
     together = preview.rows(task.model) if preview and task.sharded else []  # by all processes
     if not trainer.is_global_zero:
         return
+    weights = task.trained_weights()
+    require_finite(weights)
     if halved or task.whole:  # the frozen weights of a model anew are what they were
         anew = stored if task.sharded else partial(foundation, cfg)
-        task.model = with_weights(anew, task.trained_weights(), run_dir)
-    require_finite(task.trained_weights())
+        task.model = with_weights(anew, weights, run_dir)
     task.export(run_dir / "checkpoint", tokenizer, settings)
     facts = {**task.facts(), **cut_short(task), **throughput.facts()}
     for callback in watched:

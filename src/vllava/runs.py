@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from vllava.data.writing import write_json
-from vllava.errors import UserError, reading, reason
+from vllava.errors import UserError, reading
 from vllava.identity import LENGTH, Identity, differences, digest, in_words
 
 MARK = ".vllava-run"  # in every run's folder: what lies there is a run's; and the lock of who works there
@@ -118,7 +118,7 @@ def claim(folder: Path) -> None:
             )
         (folder / MARK).touch()
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({reason(error)}): {_ANOTHER}.") from error
+        raise UserError(f"{folder} cannot be written ({error.strerror}): {_ANOTHER}") from error
 
 
 def place(folder: Path, rerun: bool) -> Path:
