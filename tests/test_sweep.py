@@ -40,29 +40,27 @@ def folders(runs):
     return {path.name for path in runs.iterdir() if path.is_dir()}
 
 
-def test_a_sweep_of_whole_chains_trains_and_evaluates_each_system(sweep):
-    runs, done = sweep("+experiment=full", "+ablation=image_only,video_only")
+def test_a_sweep_of_chains_trains_each_system(sweep):
+    runs, done = sweep("+experiment=full", "+ablation=image_only,video_only", "chain=[stage1,stage2]")
     assert done.returncode == 0, done.stderr
-    assert folders(runs) == {"full-image_only-s1", "full-video_only-s1"}
-    for ablation, medium in (("image_only", "image"), ("video_only", "video")):
-        chain = runs / f"full-{ablation}-s1"
-        parts = {f"{experiment}-{ablation}-s1" for experiment in ("stage1", "stage2", "evaluate")}
-        assert folders(chain) >= parts
-        metrics = json.loads((chain / "metrics.json").read_text())
-        assert {"image", "video"} & set(metrics) == {medium} and metrics[medium]["n"] > 0
-        stage2 = (chain / f"stage2-{ablation}-s1" / "config.yaml").read_text()
-        assert f"{chain}/stage1-{ablation}-s1/checkpoint/projector.safetensors" in stage2
+    for ablation in ("image_only", "video_only"):
+        [chain] = runs.glob(f"full-{ablation}-s1-*")
+        parts = {stage: chain / f"{stage}-{ablation}-s1" for stage in ("stage1", "stage2")}
+        assert folders(chain) == {part.name for part in parts.values()}
+        assert set(json.loads((chain / "metrics.json").read_text())["seconds"]) == {*parts, "total"}
+        said = json.loads((parts["stage2"] / "run.json").read_text())["identity"]["projector"]
+        assert said["path"] == f"{parts['stage1']}/checkpoint/projector.safetensors"
 
 
 def test_each_run_of_a_sweep_may_use_several_devices(sweep):
     devices = ("trainer.accelerator=cpu", "trainer.devices=2", "data.workers=0")
-    runs, done = sweep("+experiment=stage1", "seed=1,2", *devices)
+    runs, done = sweep("+experiment=stage1", "seed=1,2", "trainer.max_steps=1", *devices)
     assert done.returncode == 0, done.stderr
-    assert folders(runs) == {f"stage1-united-s{seed}" for seed in (1, 2)}
+    assert {name[:-7] for name in folders(runs)} == {f"stage1-united-s{seed}" for seed in (1, 2)}
     assert done.stdout.count("stage1: done") == 2
     for folder in runs.iterdir():
         if folder.is_dir():
-            assert json.loads((folder / "metrics.json").read_text())["samples"] == 30
+            assert json.loads((folder / "metrics.json").read_text())["samples"] == 16
 
 
 def test_a_sweep_stops_at_a_run_that_lacks_its_projector(sweep):
@@ -87,12 +85,6 @@ def test_an_interrupted_chain_goes_on_with_the_part_it_was_in(world, tmp_path):
     assert (second / "resume").is_dir() and not (second / "checkpoint").exists()
 
     first = (tmp_path / "stage1-united-s1" / "metrics.json").stat().st_mtime_ns
-    other = subprocess.run([*command, "seed=2"], cwd=ROOT, capture_output=True, text=True)
-    assert (
-        other.returncode == 1
-        and "an unfinished run of another configuration: seed was 1" in other.stderr
-        and "Traceback" not in other.stderr
-    )
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "stage1: was done already" in again.stdout and "resuming the interrupted run" in again.stdout
@@ -103,5 +95,3 @@ def test_an_interrupted_chain_goes_on_with_the_part_it_was_in(world, tmp_path):
         "evaluate",
         "total",
     }
-    over = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert over.returncode == 0 and "is finished" in over.stdout and "stage1" not in over.stdout

@@ -131,6 +131,7 @@ def recipe(config: dict) -> dict:
 
     found = {key: without_paths(config[key]) for key in RECIPE_KEYS}
     data = {key: value for key, value in found["data"].items() if key not in ("stage1", "stage2", "held_out")}
+    found["trainer"] = {key: found["trainer"][key] for key in ("precision", "max_epochs", "max_steps")}
     return {**found, "data": {**data, "sources": {kind: named for kind, named in data["sources"].items() if named}}}
 
 
