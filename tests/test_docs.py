@@ -17,6 +17,7 @@ PAGES = [
     "docs/library.md",
     "docs/fidelity.md",
     "docs/data.md",
+    "docs/runs.md",
     "docs/watching.md",
     "docs/cluster.md",
     "data_prep/README.md",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,14 @@ from vllava.sources import REMEDY
 from vllava.stops import CODES, say, wait
 
 
-def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> float:
-    """Run one experiment in a process of its own, with the overrides of this run and `changes`; returns the seconds.
+def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> None:
+    """Run one experiment in a process of its own, with the overrides of this run and `changes`.
 
     A process each keeps memory apart, and lets a run of a sweep start a process for each device: Lightning starts
     those by repeating the command line, which would be the whole sweep's.
     """
     ours = {"experiment", "run_dir", "chain", "rerun"}
     given = [one for one in HydraConfig.get().overrides.task if one.lstrip("+~").split("=")[0] not in ours]
-    started = time.time()
     command = [sys.executable, sys.argv[0], f"+experiment={experiment}", *given, *changes, f"run_dir={run_dir}"]
     code = wait(command)  # asked to stop, the run saves what it needs to resume
     if code in CODES:
@@ -40,7 +38,6 @@ def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> float:
         sys.exit(code)
     if code != 0:
         raise UserError(f"{experiment} failed or was stopped (see above). Its folder: {run_dir}.")
-    return round(time.time() - started, 1)
 
 
 def chain_identity(cfg: DictConfig) -> Identity:

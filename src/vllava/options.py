@@ -51,7 +51,8 @@ HINTS: dict[str, Any] = {
     "overfit_batches": Whole | Annotated[float, Range(0, 1)],
 }
 
-_VALIDATION = "no validation loop of Lightning's runs here: held-out samples are answered after training (preview=…)"
+_VALIDATION = "no validation loop of Lightning's runs here: see validation.every_steps"
+_CHECKPOINTS = "what to resume from is saved every save_minutes, checkpoints by checkpoint.every_steps and keep_best"
 _BATCHES = "the batch of an optimiser step is data.global_batch, over all devices; data.token_budget is a micro-batch"
 _CLIPPING = "gradients are clipped by their norm, at task.recipe.clip_norm"
 # What has no effect, or another one, beside what this project does itself: the values that ask for nothing, and what to
@@ -64,7 +65,7 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "callbacks": ((), "add one with +callbacks.NAME._target_=CLASS"),
     "ckpt_path": ((), "a run goes on by itself when its command is started again"),
     "default_root_dir": ((), "run_dir=FOLDER says where a run writes, runs=FOLDER where runs lie"),
-    "enable_checkpointing": ((), "what to resume from is saved every save_minutes, the trained weights at the end"),
+    "enable_checkpointing": ((), _CHECKPOINTS),
     "limit_val_batches": ((None, 1.0, 0, 0.0), _VALIDATION),
     "limit_test_batches": ((None, 1.0, 0, 0.0), "held-out questions are asked by +experiment=evaluate"),
     "limit_predict_batches": ((None, 1.0, 0, 0.0), "held-out questions are asked by +experiment=evaluate"),
@@ -91,7 +92,7 @@ REFUSED_CALLBACKS = {
     "StochasticWeightAveraging": "the learning rate follows the recipe's schedule",
     "WeightAveraging": "the weights that a run exports are the last ones",
     "BackboneFinetuning": "task.trained names what is trained",
-    "Checkpoint": "what to resume from is saved every save_minutes, the trained weights at the end",
+    "Checkpoint": _CHECKPOINTS,
     "ModelPruning": "the weights that a run exports are what it trained",
 }
 
