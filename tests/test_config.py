@@ -342,7 +342,7 @@ def test_callbacks_that_cannot_work_here_are_refused_with_what_does(changed, nam
     [
         ("trainer.accumulate_grad_batches=4", "data.global_batch"),
         ("trainer.gradient_clip_val=1.0", "task.recipe.clip_norm"),
-        ("trainer.val_check_interval=0.5", "preview"),
+        ("trainer.val_check_interval=0.5", "validation.every_steps"),
         ("trainer.logger=false", "logger=none"),
         ("trainer.callbacks=[]", "+callbacks.NAME._target_"),
         ("trainer.default_root_dir=x", "run_dir"),

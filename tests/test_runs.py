@@ -78,6 +78,15 @@ def test_shards_and_weights_are_known_by_what_they_hold(shards, identity, tmp_pa
     assert list(differences(before, other)) == ["data.sources.image.0"]
 
 
+def test_of_a_folder_that_is_not_there_the_path_decides(identity, shards, tmp_path):
+    known, unknown = identity(), identity(folder=tmp_path / "later")
+    assert list(differences(known, unknown)) == ["data.sources.image.0"]
+    shards.rename(tmp_path / "elsewhere")
+    gone = identity()
+    assert not differences(known, gone) and not differences(gone, known)
+    assert not differences(unknown, identity(folder=tmp_path / "later"))
+
+
 @given(
     st.recursive(
         st.integers() | st.text(max_size=3),

@@ -15,6 +15,7 @@ from typing import Any
 
 from vllava.data.patience import Remote
 from vllava.data.shards import read_sources
+from vllava.errors import UserError
 
 # What decides nothing: where a run computes, how fast, when it saves, what it shows, what it puts up with.
 INDIFFERENT = (
@@ -66,10 +67,7 @@ def _within(key: str, name: str) -> bool:
 
 
 def identity_of(settings: Mapping[str, Any]) -> Identity:
-    """The identity of a run with this settled and resolved configuration.
-
-    Raises UserError where shards or their manifests cannot be read.
-    """
+    """The identity of a run with this settled and resolved configuration."""
     identity = _pruned(settings, "")
     data = settings.get("data") or {}
     if data.get("sources"):
@@ -96,7 +94,7 @@ def _sources(named: Any, block: Mapping[str, Any]) -> Any:
         return {key: _sources(value, block) for key, value in named.items()}
     if isinstance(named, list):
         return [_sources(value, block) for value in named]
-    return {"path": named, "holds": shards_in(named, block.get("remedy") or "", Remote.of(block.get("cache")))}
+    return {"path": named, "holds": shards_in(named, Remote.of(block.get("cache")))}
 
 
 def digest(identity: Identity) -> str:
@@ -115,14 +113,18 @@ def flat(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(before: Identity, now: Identity) -> dict[str, tuple[Any, Any]]:
-    """Key -> (value before, value now) of what differs; of files that differ in what they hold, their paths."""
+    """Key -> (value before, value now) of what differs; of files that differ in what they hold, their paths.
+
+    Where it is not known what a folder holds, for it is not there, its path decides.
+    """
     old, new = (dict(flat(one)) for one in (before, now))
     found = {}
     for key in [*new, *(key for key in old if key not in new)]:
-        if key.endswith(".path") or old.get(key) == new.get(key):
-            continue
-        shown = f"{key.removesuffix('.holds')}.path" if key.endswith(".holds") else key
-        found[shown.removesuffix(".path")] = (old.get(shown), new.get(shown))
+        name = key.removesuffix(".holds")
+        decisive = key if None not in (old.get(key), new.get(key)) or name == key else f"{name}.path"
+        if not key.endswith(".path") and old.get(decisive) != new.get(decisive):
+            shown = key if name == key else f"{name}.path"
+            found[name] = (old.get(shown), new.get(shown))
     return found
 
 
@@ -138,9 +140,15 @@ def in_words(found: Mapping[str, tuple[Any, Any]], form: str = "{} was {} and is
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def shards_in(folder: str, remedy: str, cache: Remote) -> str:
-    """The fingerprint of a source: names, sizes, counts and checksums of its shards, as its manifest lists them."""
-    shards = read_sources([folder], remedy, cache)
+def shards_in(folder: str, cache: Remote) -> str | None:
+    """The fingerprint of a source: names, sizes, counts and checksums of its shards, as its manifest lists them.
+
+    None where it cannot be read: whoever trains on it will say why.
+    """
+    try:
+        shards = read_sources([folder], "", cache)
+    except UserError:
+        return None
     listed = [(Path(str(one.path)).name, one.samples, one.size, one.sha256) for one in shards]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
 
