@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from shard_fixtures import image_sample, text_sample, write_source
 
+from vllava import runs
 from vllava.config import composed, with_paths_quoted
 from vllava.errors import UserError
 from vllava.identity import decides, differences, digest, flat, identity_of, tells_apart
@@ -192,7 +193,8 @@ def hold(run, ready):
         time.sleep(60)
 
 
-def test_two_at_once_are_refused_and_a_crash_leaves_no_lock_behind(run):
+def test_two_at_once_are_refused_and_a_crash_leaves_no_lock_behind(run, monkeypatch):
+    monkeypatch.setattr(runs, "PATIENCE", 0.1)
     ready = multiprocessing.get_context("fork").Event()
     other = multiprocessing.get_context("fork").Process(target=hold, args=(run(), ready))
     other.start()

@@ -23,6 +23,7 @@ from vllava.identity import LENGTH, Identity, differences, digest, in_words
 MARK = ".vllava-run"  # in every run's folder: what lies there is a run's; and the lock of who works there
 RECORD = "run.json"
 METRICS = "metrics.json"
+PATIENCE = 8.0  # seconds in which the data workers of a run that was killed are gone, and its lock with them
 KEPT = ("checkpoint", METRICS, "report.html")  # what a finished run must still have, of what it left
 _WRITTEN = (
     *("config.yaml", METRICS, "history.jsonl", "answers.jsonl", "broken.jsonl", "report.html", "loss.png"),
@@ -143,7 +144,7 @@ def occupied(run: Run) -> Iterator[Run | None]:
         return
     lock = FileLock(run.folder / MARK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=PATIENCE)
     except Timeout as error:
         raise UserError(
             f"Another process is at work in {run.folder}: wait until it has ended, or {_ANOTHER}."
