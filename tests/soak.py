@@ -30,6 +30,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 import vllava.run  # noqa: E402, F401
 from data_prep.toy import make  # noqa: E402
+from vllava.runs import read_run  # noqa: E402
 from vllava.training.generations import Generations  # noqa: E402
 
 STEPS = 20
@@ -222,7 +223,7 @@ def soak(kills: int, seed: int, out: Path, two: float) -> int:
             done += what is not None
             counts[what.split(" (")[0] if what else "undisturbed"] += 1
             print(f"{done}: {folder.name} ranks {ranks}: {what}: code {code}, state {saved} -> {now}", flush=True)
-            ended = saved == STEPS and not states and (folder / "metrics.json").exists()  # killed as it cleared up
+            ended = (run := read_run(folder)) is not None and run.is_finished  # killed as it cleared up
             if code == 0 or ended:
                 break
             trained = begun < life.steps() < STEPS  # it was asked to stop while it trained
