@@ -80,8 +80,6 @@ def _wanted(experiment: str) -> tuple[Identity | None, str]:
     given = [override for override in HydraConfig.get().overrides.task if _key(override) not in _OTHERS]
     try:
         settings: Any = OmegaConf.to_container(composed_beside([f"+experiment={experiment}", *given]), resolve=True)
-        if settings.get("projector") == AUTO:
-            settings["projector"] = None  # whatever it started from
         return identity_of(settings), ""
     except UserError as error:
         return None, str(error)

@@ -115,7 +115,7 @@ def quiet(level: str) -> None:
         logging.getLogger(name).setLevel(level)
     transformers.utils.logging.set_verbosity(getattr(logging, level))
     transformers.utils.logging.disable_progress_bar()
-    if getattr(rank_zero_only, "rank", 0):  # what concerns all processes is said by the first, and is in each one's log
+    if not is_first_process():  # what concerns all processes is said by the first, and is in each one's log
         for handler in logging.getLogger().handlers:
             if type(handler) is logging.StreamHandler:
                 handler.setLevel(logging.ERROR)

@@ -36,7 +36,7 @@ _ANOTHER = "choose another folder with run_dir=…"  # what to do about most of 
 class Run:
     """A run's folder and what it says of itself.
 
-    left: file -> size of what a finished run left; None while it is unfinished. steps: that were planned.
+    left: file -> size of what a finished run left; None while it is unfinished.
     """
 
     folder: Path
@@ -46,7 +46,6 @@ class Run:
     identity: Identity
     left: dict[str, int] | None = None
     ended: str | None = None  # when
-    steps: int | None = None
     version: int = field(default=1, repr=False)
 
     @property
@@ -170,7 +169,7 @@ def _settled(run: Run) -> Run | None:
         return run
     found = differences(before.identity, run.identity)
     if not found:
-        return None if before.is_finished else Run(**{**vars(run), "steps": before.steps})
+        return None if before.is_finished else run
     state = f"the finished run of {before.ended}" if before.left is not None else "an unfinished run"
     if set(found) <= set(LENGTH):
         raise UserError(
