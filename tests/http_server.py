@@ -7,7 +7,25 @@ from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
-class Server:
+class LocalServer:
+    """Answers at `url` by handlers of a class, to which it is known as `world`, until it is closed."""
+
+    def __init__(self, handler):
+        self.stopped = threading.Event()
+        self.lock = threading.Lock()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"world": self}))
+        self._http.daemon_threads = True
+        self._http.handle_error = lambda *_: None  # a client that hung up
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self):
+        self.stopped.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+
+class Server(LocalServer):
     """Serves `files` (path -> bytes); `faults` are taken one for each request, `always` is that of all others."""
 
     def __init__(self):
@@ -16,24 +34,7 @@ class Server:
         self.headers = []
         self.connections = 0
         self.then = {}  # path -> what to do when it is asked for next, after its content was taken
-        self.stopped = threading.Event()
-        self.lock = threading.Lock()
-        server = self
-
-        class Handler(_Handler):
-            world = server
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self._http.handle_error = lambda *_: None  # a client that hung up
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
-
-    def close(self):
-        self.stopped.set()
-        self._http.shutdown()
-        self._http.server_close()
+        super().__init__(_Handler)
 
     def ranges(self, path):
         return [asked for name, asked in self.asked if name.partition("?")[0] == path]

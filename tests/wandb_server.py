@@ -2,11 +2,12 @@
 
 import gzip
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from http_server import LocalServer
 
 
-class WandbServer:
+class WandbServer(LocalServer):
     """Keeps the lines of each run's history at the places the client puts them, as W&B does.
 
     `fault`: None, a status that answers everything, "silent" (accepts and never answers), "silent later" (knows who
@@ -17,23 +18,7 @@ class WandbServer:
         self.runs = {}  # id -> {"history": {place: row}, "settings": the last values given}
         self.fault = None
         self.asked = []
-        self.stopped = threading.Event()
-        self.lock = threading.Lock()
-        server = self
-
-        class Handler(_Handler):
-            world = server
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self._http.handle_error = lambda *_: None  # a client that hung up
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self):
-        self.stopped.set()
-        self._http.shutdown()
-        self._http.server_close()
+        super().__init__(_Handler)
 
     def history(self, run):
         """The rows of a run in order."""
