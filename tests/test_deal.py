@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_fixtures import SPECS, image_sample, talk, text_sample, video_sample, write_source
 
-from benchmarks.balance import drawn, excess
+from perf.balance import drawn, excess
 from vllava.conversation import encode
 from vllava.data.build import conversation_packer
 from vllava.data.deal import among_ranks, into_rows

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import lightning as L
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.contenders import (
+from perf.contenders import (
     MIXTURES,
     TRAINED,
     Geometry,
@@ -22,7 +22,7 @@ from benchmarks.contenders import (
     repeated,
     train_only,
 )
-from benchmarks.timing import take_turns, timed
+from perf.timing import take_turns, timed
 from vllava.batch import Batch, Step
 from vllava.data.packing import PackedSample, pack
 from vllava.model.video_llava import VideoLlava

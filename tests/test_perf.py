@@ -9,10 +9,10 @@ import torch
 from torch.testing import assert_close
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from benchmarks import decoding, gpu
-from benchmarks.__main__ import main, table
-from benchmarks.contenders import MIXTURES, TRAINED, Geometry, Loop, build, draw, packed, padded, train_only
-from benchmarks.timing import Timing, exponent, take_turns
+from perf import decoding, gpu
+from perf.__main__ import main, table
+from perf.contenders import MIXTURES, TRAINED, Geometry, Loop, build, draw, packed, padded, train_only
+from perf.timing import Timing, exponent, take_turns
 from vllava.data.video import video_decoder
 from vllava.model.build import load_tokenizer
 from vllava.plan import configured, make
@@ -89,7 +89,7 @@ def test_the_benchmark_of_gpus_runs_at_a_small_size_where_there_is_none(stage):
 
 def test_what_is_found_is_written_down(tmp_path, monkeypatch, capsys):
     rows = [{"who": "ours", "ratio": 2.5, "samples/s": 1234.5}, {"who": "port", "ratio": None}]
-    monkeypatch.setattr("benchmarks.generation.run", lambda repeats, bf16: rows)
+    monkeypatch.setattr("perf.generation.run", lambda repeats, bf16: rows)
     assert main(["generation", "--out", str(tmp_path), "--repeats", "7"]) == 0
     found = json.loads((tmp_path / "generation.json").read_text())
     assert found["rows"] == rows and found["repeats"] == 7 and found["machine"]["threads"] > 0

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks.contenders import MIXTURES, TRAINED, Geometry, Loop, build, draw, packed, train_only
-from benchmarks.timing import take_turns, timed
+from perf.contenders import MIXTURES, TRAINED, Geometry, Loop, build, draw, packed, train_only
+from perf.timing import take_turns, timed
 from vllava.batch import IGNORE_INDEX, Batch
 from vllava.data.packing import PackedSample, pack
 from vllava.model.build import layers_of

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.contenders import (
+from perf.contenders import (
     MIXTURES,
     TRAINED,
     Geometry,
@@ -25,7 +25,7 @@ from benchmarks.contenders import (
     repeated,
     train_only,
 )
-from benchmarks.timing import exponent, take_turns, timed
+from perf.timing import exponent, take_turns, timed
 from vllava.batch import Step
 from vllava.training.stage import Stage
 from vllava.training.task import Recipe
@@ -67,7 +67,7 @@ def _processes() -> list[dict]:
     """Samples/s of the same global batch in one process and in two, one thread each."""
     rows = []
     for count in (1, 2):
-        done = subprocess.run([sys.executable, "-m", "benchmarks.scaling", str(count)], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "perf.scaling", str(count)], capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
         rate = json.loads(done.stdout.splitlines()[-1])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.contenders import MIXTURES, Geometry, build, draw, padded
-from benchmarks.timing import take_turns, timed
+from perf.contenders import MIXTURES, Geometry, build, draw, padded
+from perf.timing import take_turns, timed
 from vllava.data.packing import pack
 
 NEW_TOKENS = 32

@@ -1,4 +1,4 @@
-"""Videos as files beside videos as frames: size and speed of decoding. `python -m benchmarks.clips FOLDER_OF_CLIPS`."""
+"""Videos as files beside videos as frames: size and speed of decoding. `python -m perf.clips FOLDER_OF_CLIPS`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from statistics import median
 
 import torch
 
-from benchmarks.__main__ import table
-from benchmarks.timing import timed
+from perf.__main__ import table
+from perf.timing import timed
 from data_prep.annotations import Dataset
 from data_prep.executors import LocalProcesses
 from data_prep.media import MediaSettings

@@ -15,7 +15,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from benchmarks.timing import take_turns, timed
+from perf.timing import take_turns, timed
 from vllava.data.video import frame_indices, video_decoder
 
 HEADER = "8 frames of a video, one process, one thread; H.264 with B-frames, key frames where scenes change, every 5 s"
@@ -55,7 +55,7 @@ def run(repeats: int, bf16: bool) -> list[dict]:
 
 def video(width: int, height: int, seconds: int, options: dict[str, str]) -> bytes:
     """A view that wanders over a larger picture, which changes every five seconds, with an encoder's usual settings."""
-    from benchmarks.data import picture  # here, since with it comes torch, and this file measures its own memory
+    from perf.data import picture  # here, since with it comes torch, and this file measures its own memory
 
     encoded = seconds if "sc_threshold" in options else min(seconds, DISTINCT)
     rng = np.random.default_rng(0)
@@ -118,7 +118,7 @@ CONTENDERS: dict[str, Callable[[bytes], object]] = {
 
 
 def _memory(path: Path, who: str) -> float:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.decoding", str(path), who], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "perf.decoding", str(path), who], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from benchmarks.data import picture, talk
-from benchmarks.timing import take_turns, timed
+from perf.data import picture, talk
+from perf.timing import take_turns, timed
 from data_prep.annotations import Dataset
 from data_prep.executors import LocalProcesses
 from data_prep.media import MediaSettings

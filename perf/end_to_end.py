@@ -10,9 +10,9 @@ from statistics import median
 import lightning as L
 from torch.utils.data import DataLoader
 
-from benchmarks.contenders import MIXTURES, TOKENIZER, TRAINED, Geometry, bare_trainer, build
-from benchmarks.data import Kinds
-from benchmarks.timing import take_turns
+from perf.contenders import MIXTURES, TOKENIZER, TRAINED, Geometry, bare_trainer, build
+from perf.data import Kinds
+from perf.timing import take_turns
 from vllava.batch import Step
 from vllava.data.build import conversation_data
 from vllava.data.datamodule import DataModule

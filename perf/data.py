@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from benchmarks.contenders import MIXTURES, TOKENIZER, Geometry, bare_trainer, build
-from benchmarks.timing import take_turns, timed
+from perf.contenders import MIXTURES, TOKENIZER, Geometry, bare_trainer, build
+from perf.timing import take_turns, timed
 from data_prep.shards import write_manifest, write_shard
 from data_prep.toy_render import encode_jpeg, encode_mp4
 from vllava.batch import MediumSpec

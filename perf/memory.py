@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 
-from benchmarks.contenders import MIXTURES, TRAINED, Geometry, Loop, Mixture, build, draw, packed, padded, train_only
+from perf.contenders import MIXTURES, TRAINED, Geometry, Loop, Mixture, build, draw, packed, padded, train_only
 
 HEADER = "peak resident memory of a process that makes two steps, MB"
 POINTS = {  # what differs from the stage's mixture and the small geometry
@@ -32,7 +32,7 @@ def run(repeats: int, bf16: bool) -> list[dict]:
 
 
 def _apart(name: str, who: str, bf16: bool) -> float:
-    command = [sys.executable, "-m", "benchmarks.memory", name, who, *(["bf16"] if bf16 else [])]
+    command = [sys.executable, "-m", "perf.memory", name, who, *(["bf16"] if bf16 else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)

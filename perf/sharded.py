@@ -19,7 +19,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from benchmarks.contenders import TOKENIZER, bare_trainer, repeated
+from perf.contenders import TOKENIZER, bare_trainer, repeated
 from vllava.batch import IGNORE_INDEX, Step
 from vllava.data.packing import PackedSample, pack
 from vllava.model.build import fresh_llm, load_llm, load_tokenizer, video_llava
@@ -53,7 +53,7 @@ def run(repeats: int, bf16: bool) -> list[dict]:
 
 
 def _apart(folder: str, processes: int, how: str, repeats: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.sharded", folder, str(processes), how, str(repeats)]
+    command = [sys.executable, "-m", "perf.sharded", folder, str(processes), how, str(repeats)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)

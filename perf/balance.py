@@ -7,7 +7,7 @@ from statistics import mean
 
 import numpy as np
 
-from benchmarks.timing import timed
+from perf.timing import timed
 from vllava.data.deal import among_ranks
 
 HEADER = (

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 
-from benchmarks.contenders import Loop, Mixture, draw, packed, train_only
-from benchmarks.timing import take_turns, timed
+from perf.contenders import Loop, Mixture, draw, packed, train_only
+from perf.timing import take_turns, timed
 from vllava.batch import MediumSpec
 from vllava.model.attention import PACKED
 from vllava.model.encoders import Encoder

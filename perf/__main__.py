@@ -1,4 +1,4 @@
-"""Run benchmarks and write what they find: `python -m benchmarks [PART …]`; without a part, all that need no GPU."""
+"""Run benchmarks and write what they find: `python -m perf [PART …]`; without a part, all that need no GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import (
+from perf import (
     ablation,
     balance,
     data,
@@ -59,7 +59,7 @@ def _text(value: object) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--repeats", type=int, default=5, help="turns that are counted (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="mixed precision instead of float32")

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from benchmarks.contenders import TOKENIZER
-from benchmarks.data import SPECS, Kinds
+from perf.contenders import TOKENIZER
+from perf.data import SPECS, Kinds
 from vllava.data.build import conversation_data
 from vllava.model.build import load_tokenizer
 
@@ -36,7 +36,7 @@ def run(repeats: int, bf16: bool) -> list[dict]:
 
 
 def _apart(batch: int) -> dict[str, float]:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.loader", str(batch)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "perf.loader", str(batch)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

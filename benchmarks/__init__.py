@@ -1,1 +1,0 @@
-"""What training costs, measured: `python -m benchmarks --help`."""
