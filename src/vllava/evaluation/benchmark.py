@@ -55,13 +55,17 @@ class Benchmark(ABC):
     """Where a benchmark's files lie, and how its answers are scored. A new one is a subclass and a configuration.
 
     name: as results call it. root: the folder of the data, in either of the layouts that docs/benchmarks.md shows.
-    expected: how many questions were published; another number is warned of. `questions` raises UserError for files
-    that are missing or are not what they should be, before anything is computed.
+    expected: how many questions were published; another number is warned of. template: the prompt's, and
+    max_new_tokens: of an answer, as published. paper: metric -> the figure of the paper's Video-LLaVA-7B. `questions`
+    raises UserError for files that are missing or are not what they should be, before anything is computed.
     """
 
     name: str
     root: str
     expected: int | None = None
+    template: str | None = None  # as in training
+    max_new_tokens: int = 64
+    paper: Mapping[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list, init=False)  # of the data, said before and kept in the result
 
     metrics: tuple[Metric, ...] = field(default=(), init=False)
