@@ -1,9 +1,6 @@
 """Configurations: every one that is offered composes, and every mistake is named before any work is done."""
 
-import multiprocessing
-import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import warm
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -392,35 +390,14 @@ def test_what_is_settled_is_said_by_the_first_process_alone(monkeypatch, caplog)
 # --- mistakes on the command line -------------------------------------------------------------------------------------
 
 
-def train_py(folder, arguments):
-    """Run train.py in this process with what it prints going to files in `folder`."""
-    os.chdir(ROOT)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = ["train.py", *arguments]
-    runpy.run_path("train.py", run_name="__main__")
-
-
-@pytest.fixture(scope="module")
-def starter():
-    """Starts processes that have imported the libraries already, which takes most of a run's time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllava.run", "test_config"])
-    return context
-
-
 @pytest.fixture
-def train(starter, tmp_path):
+def train(tmp_path):
     """A function that runs train.py with the given arguments and returns (exit code, what it wrote to stderr)."""
 
     def run(*arguments):
         settings = [f"runs={tmp_path / 'runs'}", "logger=none"]
-        process = starter.Process(target=train_py, args=(tmp_path, [*arguments, *settings]))
-        process.start()
-        process.join(300)
-        process.kill()  # nothing, if it has ended
-        assert process.exitcode is not None, "train.py hangs"
-        return process.exitcode, (tmp_path / "stderr").read_text()
+        code, _, told = warm.train([*arguments, *settings], tmp_path / "log")
+        return code, told
 
     return run
 

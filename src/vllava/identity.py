@@ -36,7 +36,7 @@ TRAINER = (
     *("precision", "max_epochs", "max_steps", "max_time"),
     *("limit_train_batches", "overfit_batches", "fast_dev_run"),
 )
-# A run may end later, or earlier, than was planned; see vllava.runs.
+# A run whose learning rate does not depend on them may be given more steps than were planned; see `grows`.
 LENGTH = ("trainer.max_epochs", "trainer.max_steps")
 _BESIDE = ("run_dir", "remedy", "batch_size", "plots", "cache", "search")  # what decides nothing of an evaluation
 _DESCRIPTIONS = ("config.json", "vllava.json")  # of a model
@@ -60,6 +60,13 @@ def tells_apart(override: str) -> bool:
     return not any(_within(key, name) for name in INDIFFERENT) and (
         decides(key) or any(_within(key, name) for name in ELSEWHERE)
     )
+
+
+def grows(settings: Mapping[str, Any]) -> bool:
+    """Whether a run of these settings, or this identity, takes the same steps whatever number is planned."""
+    recipe = (settings.get("task") or {}).get("recipe") or {}
+    fixed_warmup = recipe.get("warmup_steps") is not None or recipe.get("warmup_ratio") == 0
+    return recipe.get("schedule") == "constant" and fixed_warmup
 
 
 def _within(key: str, name: str) -> bool:

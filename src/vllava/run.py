@@ -29,7 +29,7 @@ from vllava.evaluation.preview import Preview
 from vllava.evaluation.report import write_report
 from vllava.features import use_features
 from vllava.folders import require_replaceable
-from vllava.identity import Identity, evaluation_identity, identity_of
+from vllava.identity import Identity, evaluation_identity, grows, identity_of
 from vllava.lineage import resolve
 from vllava.model.build import as_stored, load_tokenizer
 from vllava.model.checkpoint import load_projector
@@ -38,7 +38,7 @@ from vllava.model.mapped import with_weights
 from vllava.model.precision import set_precision
 from vllava.model.video_llava import VideoLlava
 from vllava.options import cut_short, extra_callbacks, implied, in_words, with_extras
-from vllava.runs import Run, claim, is_first_process, occupied, place, read_run
+from vllava.runs import RESUME, Run, claim, is_first_process, occupied, place, read_run
 from vllava.stops import Stops
 from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, Throughput, progress_bar
@@ -51,7 +51,6 @@ from vllava.training.saving import Generations, SaveToResume, folder_in_use
 from vllava.training.task import Task
 from vllava.watching import show_model, validation
 
-RESUME = "resume"  # in a run's folder while it is unfinished
 MOST_PROCESSES = 4  # on CPUs, unless trainer.devices says how many
 
 
@@ -72,7 +71,7 @@ def run(cfg: DictConfig) -> None:
         with occupied(Run(folder, cfg.experiment, cfg.ablation, cfg.seed, identity(cfg))) as run:
             if run is None:
                 say_finished(folder)
-                Generations(folder / RESUME).clear()  # the run may have been killed before it did
+                tidy(cfg, folder)  # the run may have been killed before it did
             elif cfg.chain:
                 run_chain(cfg)
                 run.finish()
@@ -82,7 +81,7 @@ def run(cfg: DictConfig) -> None:
                     instantiate(cfg.evaluation) if cfg.evaluation else train(cfg, stops)
                     if is_first_process():
                         run.finish()
-                        Generations(folder / RESUME).clear()
+                        tidy(cfg, folder)
 
 
 def identity(cfg: DictConfig) -> Identity:
@@ -98,6 +97,12 @@ def say_finished(folder: Path) -> None:
     found = read_run(folder)
     ended = f" ({found.ended})" if found else ""
     print(f"{folder} is finished{ended}, with the same settings: nothing to do. rerun=true runs it again, elsewhere.")
+
+
+def tidy(cfg: DictConfig, folder: Path) -> None:
+    """Remove what a finished run went on from, unless it may be given more steps."""
+    if cfg.evaluation or not grows(cfg):
+        Generations(folder / RESUME).clear()
 
 
 def log_to(folder: Path) -> None:
@@ -161,7 +166,7 @@ def train(cfg: DictConfig, stops: Stops) -> None:
         preview = Preview(asked, task.specs, tokenizer, settings, settings["preview"]["remedy"])
     history, throughput = History(run_dir), Throughput()
     watched = validation(settings, task, tokenizer, preview, history.extra.update)
-    saving = SaveToResume(Generations(run_dir / RESUME), cfg.save_minutes, stops)
+    saving = SaveToResume(Generations(run_dir / RESUME), cfg.save_minutes, stops, keep_last=grows(settings))
     durable = Durable(run_dir / "checkpoints", which, stored, tokenizer, settings)
     trainer = build_trainer(cfg, settings, [throughput, *watched, history, progress_bar(), durable], saving, task)
     data.trainer = trainer  # which may limit an epoch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from vllava.errors import UserError, reason
 from vllava.stops import CODES, Stopped, Stops, die_with_parent, say
 
 PATIENCE = 5.0  # seconds in which the first process is to notice by itself that another has ended
+LAUNCHER = "VLLAVA_LAUNCHER"  # in the environment of the other processes: the first one's number
 _AGAIN = "Start the same command again: it goes on from what was saved."
 
 
@@ -31,6 +33,7 @@ class Ranks:
     def __init__(self, trainer: L.Trainer, stops: Stops) -> None:
         self.stops, self.ended = stops, dict[int, int]()
         self.over = False
+        os.environ[LAUNCHER] = str(os.getpid())  # before it starts them
         launcher: Any = trainer.strategy.launcher
         if isinstance(getattr(launcher, "procs", None), list):
             started = getattr(launcher, "num_processes", 1) - 1
@@ -94,6 +97,8 @@ def end_with_launcher(job: str) -> None:
     """
     if job.startswith("train_ddp_process_"):
         die_with_parent(signal.SIGKILL)  # alone, without the first process, it could not even save
+        if os.environ.get(LAUNCHER) not in (None, str(os.getppid())):  # it ended before it could be waited for
+            sys.exit(1)
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(signal.SIGTERM)
 

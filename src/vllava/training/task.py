@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import get_cosine_schedule_with_warmup
 
 from vllava.batch import MediumSpec, Step
 from vllava.checks import OneOf, Share
@@ -176,6 +175,11 @@ class Task(L.LightningModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         self.sources = list(getattr(data, "sources", []))
         self.drawn = self.drawn or [0] * len(self.sources)
+        if self.global_step > self.planned_steps():
+            raise UserError(
+                f"This run has taken {self.global_step} steps already, and {self.planned_steps()} are planned now: "
+                "raise trainer.max_steps or trainer.max_epochs, or train a shorter one elsewhere: run_dir=…"
+            )
         self.model.train()  # models come from disk in evaluation mode, and Lightning leaves modes as they are
         if self.trainer.is_global_zero:
             self.broken_list.start(self.global_step)
@@ -277,7 +281,7 @@ class Task(L.LightningModule):
         what = "The samples of the micro-batches with such a loss" if suspects else "The samples of the step"
         event = {"step": self.global_step + 1, "loss": loss, "gradient_norm": norm, "what": what, "keys": keys}
         in_a_row = self.skipped_in_a_row + 1
-        self.on_nan.require(event, len(self.skipped) + 1, in_a_row, self._planned_steps(), self._half)
+        self.on_nan.require(event, len(self.skipped) + 1, in_a_row, self.planned_steps(), self._half)
         self.skipped.append(event)
         self.skipped_in_a_row = in_a_row
         if self.trainer.is_global_zero:
@@ -317,11 +321,9 @@ class Task(L.LightningModule):
         groups = parameter_groups(self.model, recipe, self.trained)
         self._groups = [group.pop("name") for group in groups]
         optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
-        steps = self._planned_steps()
-        schedule = get_cosine_schedule_with_warmup(optimizer, int(steps * recipe.warmup_ratio), steps)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return {"optimizer": optimizer, "lr_scheduler": recipe.scheduler(optimizer, self.planned_steps())}
 
-    def _planned_steps(self) -> int:
+    def planned_steps(self) -> int:
         """Optimiser steps of the whole run, epochs and `max_steps` considered."""
         trainer: Any = self.trainer
         data: Any = getattr(trainer, "datamodule", None)
@@ -340,7 +342,7 @@ class Task(L.LightningModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "steps_per_epoch"):
             return None
-        epochs, rest = divmod(self._planned_steps(), data.steps_per_epoch)
+        epochs, rest = divmod(self.planned_steps(), data.steps_per_epoch)
         return epochs * data.samples_per_epoch + rest * data.global_batch
 
     def _require_whole(self, samples: int) -> None:
