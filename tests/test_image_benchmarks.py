@@ -1,12 +1,16 @@
 """The image benchmarks, read from both layouts and scored: figures worked out by hand."""
 
+import hashlib
 import io
 import json
 import pickle
+from http.server import BaseHTTPRequestHandler
 
 import benchmark_fixtures as fixtures
+import huggingface_hub
 import pytest
 from benchmark_fixtures import LETTER, SHORT, UNANSWERABLE, answered, benchmark, figures, settings
+from http_server import LocalServer
 from openpyxl import load_workbook
 
 from vllava.errors import UserError
@@ -612,3 +616,62 @@ def test_an_image_beside_a_table_is_found(tmp_path):
     fixtures.write_images(tmp_path, "a.jpg")
     [record] = tables.read_table(tmp_path, {"id": ("id",), "image": ("image",)})
     assert record["image"].read() == b"the image a.jpg"
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one data set, owner/pope, at one revision; `world.files`: name -> bytes."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        files, sha = self.world.files, "5" * 40
+        path = self.path.partition("?")[0]
+        name = path.rpartition(f"/resolve/{sha}/")[2]
+        if path.startswith("/api/datasets/owner/pope/tree"):
+            tree = [{"type": "file", "path": name, "size": len(data), "oid": sha} for name, data in files.items()]
+            status, data, kind = 200, json.dumps(tree).encode(), "application/json"
+        elif path.startswith("/api/datasets/owner/pope"):
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+            about = {"id": "owner/pope", "sha": sha, "siblings": siblings, "private": False, "tags": []}
+            status, data, kind = 200, json.dumps(about).encode(), "application/json"
+        elif path.startswith("/datasets/owner/pope/resolve/") and name in files:
+            status, data, kind = 200, files[name], "application/octet-stream"
+            self.world.fetched.add(name)
+        else:
+            status, data, kind = 404, b"", "text/plain"
+        self.send_response(status)
+        headers = {"Content-Type": kind, "Content-Length": str(len(data)), "X-Repo-Commit": sha}
+        for header in {**headers, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}.items():
+            self.send_header(*header)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+
+def test_a_data_set_on_a_hub_is_fetched_with_a_word_about_it_and_only_what_is_needed(tmp_path, monkeypatch, caplog):
+    fixtures.pope_tables(tmp_path / "here")
+    hub = LocalServer(Hub)
+    hub.fetched = set()
+    hub.files = {str(p.relative_to(tmp_path / "here")): p.read_bytes() for p in (tmp_path / "here").rglob("*.parquet")}
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    try:
+        with caplog.at_level("WARNING"):
+            questions = benchmark("pope", "owner/pope").questions()
+    finally:
+        hub.close()
+    assert len(questions) == 9 and questions[0].media[0].read() == b"the image im1"
+    assert hub.fetched == {f"Full/{setting}-00000-of-00001.parquet" for setting in fixtures.POPE}
+    assert "owner/pope: 3 files, 0.00 GB, are fetched from the hub" in caplog.text
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # what was fetched is found
+    assert len(benchmark("pope", "owner/pope").questions()) == 9

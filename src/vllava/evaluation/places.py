@@ -49,18 +49,21 @@ def _from_hub(name: str, patterns: Sequence[str]) -> Path:
         found = HfApi().dataset_info(name, files_metadata=True)
         wanted = [file for file in found.siblings or [] if any(fnmatch(file.rfilename, p) for p in patterns)]
         if not wanted:
-            raise UserError(f"The data set {name} on the hub has no files {' or '.join(patterns)}.")
+            told = f"The data set {name} on the hub has no files {' or '.join(patterns)}"
+            raise UserError(f"{told}. Fetch those that hold this benchmark, and give their folder.")
         size = sum(file.size or 0 for file in wanted)
         log.warning(
             "%s: %d files, %.2f GB, are fetched from the hub unless they are here", name, len(wanted), size / 1e9
         )
-        names = [file.rfilename for file in wanted]
-        return Path(snapshot_download(name, repo_type="dataset", revision=found.sha, allow_patterns=names))
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=list(patterns)))
     except UserError:
         raise
     except Exception as error:  # of the hub, of the network, of its cache
         try:
-            return Path(snapshot_download(name, repo_type="dataset", local_files_only=True))
+            found_here = snapshot_download(
+                name, repo_type="dataset", allow_patterns=list(patterns), local_files_only=True
+            )
+            return Path(found_here)
         except Exception:
             raise UserError(
                 f"There is no folder {name}, and the hub gives no data set of that name ({reason(error)}). Give the "
