@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning as L
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 from vllava.errors import UserError
 from vllava.stops import Stopped, Stops
 from vllava.training.lines import cut_back
+from vllava.training.ranks import LAUNCHER, end_with_launcher
 from vllava.training.saving import Generations, SaveToResume
 
 
@@ -252,6 +254,15 @@ def test_a_child_that_fails_or_ends_well_after_a_signal_stops_its_parent_all_the
         running = process(f"sys.exit(wait([sys.executable, '-c', {DEAF.format(code)!r}]))")
         running.send_signal(signal.SIGTERM)
         assert ended(running)[0] == wanted
+
+
+def test_a_process_for_another_device_whose_first_one_has_ended_ends_too(monkeypatch):
+    monkeypatch.setattr("vllava.training.ranks.die_with_parent", lambda number: None)  # not this process, please
+    for first, ends in ((str(os.getppid()), False), ("1", True)):
+        monkeypatch.setenv(LAUNCHER, first)
+        with pytest.raises(SystemExit) if ends else nullcontext():
+            end_with_launcher("train_ddp_process_1")
+        end_with_launcher("stage1")  # the first process itself
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")

@@ -71,7 +71,7 @@ def run_name(experiment: str, ablation: str, seed: int, *overrides: str) -> str:
     The model is left out where the command line chooses none. The name is for people; what a run is, says its identity.
     """
     model = next((override.partition("=")[2] for override in overrides if override.startswith("model=")), "")
-    own = ("model=", "seed=")
+    own: tuple[str, ...] = ("model=", "seed=")
     if "task.recipe.schedule=constant" in overrides:  # such a run may be given more steps: it is the same
         own += tuple(f"{key}=" for key in LENGTH)
     others = sorted(one for one in overrides if tells_apart(one) and not one.startswith(own))
