@@ -40,11 +40,11 @@ class Estimate:
         tokens_in = sum(len(content) for content in messages) // CHARACTERS + _PER_MESSAGE * len(messages)
         return cls(len(cases), tokens_in, sum(case.prompt.reply_tokens for case in cases))
 
-    def told(self, model: str, price: Price | None, kept: int) -> str:
+    def told(self, model: str, price: Price | None) -> str:
         """The estimate in a sentence or two."""
         text = (
-            f"{self.requests:,} requests to {model} ({kept:,} were answered before): about {self.tokens_in:,} tokens "
-            f"in, at {CHARACTERS} characters each, and {self.tokens_out:,} out. "
+            f"{self.requests:,} requests to {model} that have no reply yet: about {self.tokens_in:,} tokens in, at "
+            f"{CHARACTERS} characters each, and {self.tokens_out:,} out. "
         )
         if price is None:
             return text + "What that costs is unknown: judge.price={input: …, output: …} is that of a million tokens."
@@ -64,7 +64,7 @@ def consent(told: str, yes: bool, say: Say) -> None:
         )
     if input("Begin? [y/N] ").strip().lower() not in ("y", "yes"):
         raise UserError(
-            "The judge was not asked, as you wished. The predictions are kept; the same command asks again."
+            "The judge was not asked, as you wished. The predictions are kept; started again, it asks again."
         )
 
 

@@ -49,6 +49,7 @@ class Endpoint:
     structured: bool
     answered: int = field(default=0, init=False)
     stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    met: asyncio.Event = field(default_factory=asyncio.Event, init=False)  # something came of the first call
     _not_before: float = field(default=0.0, init=False)
     _told: float = field(default=0.0, init=False)
 
@@ -68,11 +69,13 @@ class Endpoint:
                     continue
                 failures += 1
                 self._check(error)
+                self.met.set()
                 if failures > self.retries:
                     self._give_up(error, failures, self.answered > answered_before)
                 await self._wait(error, failures)
             else:
                 self.answered += 1
+                self.met.set()
                 return reply
 
     def _read(self, response: Any, structured: bool) -> Reply:
@@ -80,8 +83,9 @@ class Endpoint:
         try:
             message, usage = response.choices[0].message, response.usage
             text = message.content or getattr(message, "refusal", None) or ""
-            took = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
-            return Reply(self.scrub(str(text)), self.scrub(str(response.model or "")), *took, structured)
+            took_in, took_out = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
+            snapshot = self.scrub(str(response.model or ""))
+            return Reply(self.scrub(str(text)), snapshot, took_in, took_out, structured)
         except (AttributeError, IndexError, TypeError) as error:
             raise ValueError("what came is no chat completion") from error
 
@@ -122,9 +126,9 @@ class Endpoint:
         if others:
             raise GaveUpError(said) from None
         raise UserError(
-            f"The judge's endpoint gave no reply in {tries} tries ({said}). judge.seconds={self.seconds:g} is the limit "
-            f"of one, judge.retries={self.retries} says how often to try again. What was judged is kept: the same "
-            "command asks the rest."
+            f"The judge's endpoint gave no reply in {tries} tries ({said}). judge.seconds={self.seconds:g} is the "
+            f"limit of one, judge.retries={self.retries} says how often to try again. What was judged is kept: the "
+            "same command asks the rest."
         ) from None
 
     async def _wait(self, error: Exception, failures: int) -> None:
@@ -151,8 +155,10 @@ class Endpoint:
         if isinstance(error, (asyncio.TimeoutError, TimeoutError)) or "Timeout" in type(error).__name__:
             return f"no reply within {self.seconds:g} s"
         status = getattr(error, "status_code", None)
-        cause = f": {reason(error.__cause__)}" if status is None and error.__cause__ else ""
-        return shown(self.scrub(f"{f'HTTP {status}: ' if status else ''}{reason(error)}{cause}"))
+        causes = [error] if status or error.__cause__ is None else [error, error.__cause__]
+        # The key goes first: a message that is cut short may end in a part of it.
+        said = " ".join(reason(Exception(self.scrub(str(one)) or type(one).__name__)) for one in causes)
+        return shown(f"HTTP {status}: {said}" if status else said)
 
 
 def _has_no_schema(error: Exception) -> bool:

@@ -121,6 +121,6 @@ def _fields(path: Path, reply: Mapping[str, Mapping[str, Any]]) -> tuple[Field, 
         limits = (float(given.get("from", 0)), float(given.get("to", 0)))
         refuses = given.get("outside", "clamp") == "refuse"
         # `yes` and `no` without quotes are true and false in YAML
-        choices = tuple({True: "yes", False: "no"}.get(one, str(one)) for one in one_of)
+        choices = tuple(("yes" if one else "no") if isinstance(one, bool) else str(one) for one in one_of)
         fields.append(Field(str(name), choices, *limits, whole=bool(given.get("whole")), refuses=refuses))
     return tuple(fields)

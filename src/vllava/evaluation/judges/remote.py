@@ -52,18 +52,16 @@ class OpenAiJudge(ModelJudge):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        require_all("judge", values | {"options": dict(self.options)}, hints_of(type(self)))
         self.options = dict(self.options)
-        if isinstance(self.price, Mapping):
-            self.price = Price(**self.price)
+        require_all("judge", dict(vars(self)), hints_of(type(self)))
+        price = Price(**self.price) if isinstance(self.price, Mapping) else self.price
         if not self.model:
             raise UserError("judge.model is not set: name a model of the endpoint.")
-        if self.budget is not None and self.price is None:
+        if self.budget is not None and price is None:
             raise UserError("judge.budget needs judge.price={input: …, output: …}, that of a million tokens.")
         self._key = _key(self.key_variable, needed=self.base_url == _OPENAI)
         _require_package()
-        self._purse = Purse(self.price, self.budget, self.max_requests)
+        self._purse = Purse(price, self.budget, self.max_requests)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -77,16 +75,14 @@ class OpenAiJudge(ModelJudge):
 
     def judge(self, requests: Sequence[Request], store: Any, say: Say = print) -> Judged:
         judged = super().judge(requests, store, say)
-        tokens = judged.about["tokens"]
-        judged.about["cost"] = (
-            self.price.of(tokens["input"], tokens["output"]) if isinstance(self.price, Price) else None
-        )
+        tokens, price = judged.about["tokens"], self._purse.price
+        judged.about["cost"] = price.of(tokens["input"], tokens["output"]) if price else None
         return judged
 
     def ask(self, cases: Sequence[Case], store: Store, say: Say) -> None:
-        estimate = Estimate.of(cases)
-        free = isinstance(self.price, Price) and self.price.of(1, 1) == 0
-        consent(estimate.told(self.model, self._purse.price, len(store)), self.yes or free, say)
+        price = self._purse.price
+        free = price is not None and price.of(1, 1) == 0
+        consent(Estimate.of(cases).told(self.model, price), self.yes or free, say)
         quiet_libraries()
         with tqdm(total=len(cases), desc="judging", unit=" requests", disable=None, leave=False) as bar:
             asyncio.run(_Round(self, store, say, bar).run(cases))
@@ -111,31 +107,35 @@ class _Round:
             api_key=judge._key or "none", base_url=judge.base_url, max_retries=0, timeout=judge.seconds
         ) as client:
             self.endpoint = Endpoint(
-                client,
-                judge.model,
-                judge._scrub,
-                self.say,
-                judge.seconds,
-                judge.retries,
-                judge.backoff,
-                judge.longest_wait,
-                judge.structured,
+                client=client,
+                model=judge.model,
+                scrub=judge._scrub,
+                say=self.say,
+                seconds=judge.seconds,
+                retries=judge.retries,
+                backoff=judge.backoff,
+                longest_wait=judge.longest_wait,
+                structured=judge.structured,
             )
-            await self._settle(next(waiting))  # alone: what is wrong with all shows at the first
 
             async def work() -> None:
                 for case in waiting:
                     await self._settle(case)
 
-            workers = [asyncio.create_task(work()) for _ in range(min(judge.concurrency, len(cases)))]
+            workers = [asyncio.create_task(work())]
             try:
+                met = asyncio.create_task(self.endpoint.met.wait())  # what is wrong with all shows at the first call
+                await asyncio.wait([met, *workers], return_when=asyncio.FIRST_COMPLETED)
+                met.cancel()
+                if not workers[0].done():
+                    workers += [asyncio.create_task(work()) for _ in range(min(judge.concurrency, len(cases)) - 1)]
                 await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
             finally:  # what is on its way is paid for, so it is waited for
                 self.endpoint.stopping.set()
                 ended = await asyncio.gather(*workers, return_exceptions=True)
-        for error in ended:
-            if isinstance(error, BaseException):
-                raise error
+        errors = [error for error in ended if isinstance(error, BaseException)]
+        for error in sorted(errors, key=lambda error: isinstance(error, asyncio.CancelledError)):
+            raise error  # the cause, before those that were stopped for it
         if self.given_up:
             raise UserError(
                 f"{len(self.given_up):,} requests got no reply from the judge's endpoint, however often they were "
@@ -167,7 +167,7 @@ class _Round:
                 f"{self.store.path}: with a higher limit the same command asks the rest."
             )
         given = {"temperature": judge.temperature, "max_tokens": judge.max_tokens}
-        body = {"model": judge.model, "messages": case.messages(attempt)}
+        body: dict[str, Any] = {"model": judge.model, "messages": case.messages(attempt)}
         body |= {name: value for name, value in given.items() if value is not None}
         try:
             reply = await self.endpoint.ask({**body, "extra_body": judge.options or None}, case.prompt.schema)
