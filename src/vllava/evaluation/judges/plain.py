@@ -9,7 +9,7 @@ from pathlib import Path
 from vllava.errors import UserError
 from vllava.evaluation.judges.asking import Judged
 from vllava.evaluation.judges.prompts import read_prompts
-from vllava.evaluation.normalise import vqa
+from vllava.evaluation.normalise import vqa_answer
 from vllava.evaluation.questions import Request, Verdict
 
 
@@ -40,8 +40,8 @@ class ExactJudge:
             words = {field.name: set(field.one_of) for field in prompts[request.prompt].fields}
             if words.get("pred") != {"yes", "no"} or not {"answer", "prediction"} <= set(request.slots):
                 raise UserError(
-                    f"judge=exact cannot judge what conf/judge/prompts/{request.prompt}.yaml asks for: an exact match says "
-                    "right or wrong and no more. judge=openai and judge=local can; judge=none writes the predictions."
+                    f"judge=exact cannot judge what conf/judge/prompts/{request.prompt}.yaml asks for: an exact match "
+                    "says right or wrong and no more. judge=openai and judge=local can; judge=none writes the predictions."
                 )
         verdicts = {request.id: _verdict(request) for request in requests}
         about = {"name": self.name, "requests": len(requests), "judged": len(requests), "unjudged": 0}
@@ -49,5 +49,7 @@ class ExactJudge:
 
 
 def _verdict(request: Request) -> Verdict:
-    same = vqa(request.slots["prediction"]) == vqa(request.slots["answer"])
+    said, right = request.slots["prediction"], request.slots["answer"]
+    # Nothing is left of an answer such as "a": then the words themselves are compared.
+    same = vqa_answer(said) == vqa_answer(right) if vqa_answer(right) else said.strip().lower() == right.strip().lower()
     return Verdict(request.id, {"pred": "yes" if same else "no"})
