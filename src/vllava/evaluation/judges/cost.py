@@ -72,7 +72,8 @@ def consent(told: str, yes: bool, say: Say) -> None:
 class Purse:
     """Counts what is spent, and says when a limit would be passed by one request more.
 
-    What is on its way counts by its estimate, what has come by what the endpoint says it took.
+    What has come counts by what the endpoint says it took, what is on its way by its estimate, and by how much
+    estimates have fallen short of that so far.
     """
 
     price: Price | None = None
@@ -81,13 +82,15 @@ class Purse:
     requests: int = 0
     spent: float = 0.0
     _underway: float = field(default=0.0, init=False)
+    _estimated: float = field(default=0.0, init=False)  # for what is spent
 
     def take(self, estimate: Estimate) -> bool:
         """Whether one request more may be sent; then it is underway."""
         cost = self._cost(estimate)
+        short = max(1.0, self.spent / self._estimated) if self._estimated else 1.0
         if self.most is not None and self.requests >= self.most:
             return False
-        if self.budget is not None and self.spent + self._underway + cost > self.budget:
+        if self.budget is not None and self.spent + short * (self._underway + cost) > self.budget:
             return False
         self.requests += 1
         self._underway += cost
@@ -99,6 +102,7 @@ class Purse:
         took_in = estimate.tokens_in if tokens_in is None else tokens_in
         took_out = estimate.tokens_out if tokens_out is None else tokens_out
         self.spent += self.price.of(took_in, took_out) if self.price else 0.0
+        self._estimated += self._cost(estimate)
 
     def drop(self, estimate: Estimate) -> None:
         """A request came to nothing."""

@@ -41,7 +41,7 @@ class ExactJudge:
             if words.get("pred") != {"yes", "no"} or not {"answer", "prediction"} <= set(request.slots):
                 raise UserError(
                     f"judge=exact cannot judge what conf/judge/prompts/{request.prompt}.yaml asks for: an exact match "
-                    "says right or wrong and no more. judge=openai and judge=local can; judge=none writes the predictions."
+                    "says right or wrong and no more. judge=openai and judge=local can; judge=none judges nothing."
                 )
         verdicts = {request.id: _verdict(request) for request in requests}
         about = {"name": self.name, "requests": len(requests), "judged": len(requests), "unjudged": 0}
