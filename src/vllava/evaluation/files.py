@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from vllava.errors import UserError, reading, reason
 from vllava.evaluation.benchmark import Benchmark
-from vllava.evaluation.questions import FileMedium, Medium
+from vllava.evaluation.questions import FileMedium, Medium, Question
 
 REMEDY = "Is it cut or damaged? Copy or download it again."
 
@@ -106,6 +108,29 @@ def tsv_rows(path: Path) -> Iterator[tuple[Record, int, int]]:
             start, first = at, number + 1
 
 
+@dataclass(frozen=True)
+class TsvMedium:
+    """An image or a video in a cell of a file of tab-separated values, in base64.
+
+    start, size: the bytes of its row in the file; column: of the cell in the row; key: of what the cell holds.
+    """
+
+    kind: str
+    path: Path
+    start: int
+    size: int
+    column: int
+    key: str
+
+    def read(self) -> bytes:
+        with reading(f"The {self.kind} at byte {self.start} of {self.path}", REMEDY), open(self.path, "rb") as file:
+            csv.field_size_limit(sys.maxsize)
+            file.seek(self.start)
+            lines = file.read(self.size).decode("utf-8-sig").splitlines(keepends=True)
+            cell = next(csv.reader(lines, delimiter="\t"))[self.column]
+            return base64.b64decode(cell, validate=True)
+
+
 def _record(values: Any, path: Path, place: str) -> Record:
     if not isinstance(values, dict):
         raise UserError(f"{path}{place}: this is no record but a {type(values).__name__}. {REMEDY}")
@@ -152,10 +177,19 @@ def warn(benchmark: Benchmark, warning: str) -> None:
         benchmark.warnings.append(warning)
 
 
-def counted(benchmark: Benchmark, found: int) -> None:
-    """Warns where another number of questions is found than was published."""
-    if benchmark.expected is not None and found != benchmark.expected:
-        warn(benchmark, f"{found:,} questions are found, {benchmark.expected:,} were published")
+def counted(benchmark: Benchmark, found: int, *also: int) -> None:
+    """Warns where another number of questions is found than was published, in one release or `also` in another."""
+    if benchmark.expected is not None and found not in (benchmark.expected, *also):
+        published = " or ".join(f"{number:,}" for number in (benchmark.expected, *also))
+        warn(benchmark, f"{found:,} questions are found, {published} were published")
+
+
+def checked(benchmark: Benchmark, questions: list[Question], *also: int) -> list[Question]:
+    """A benchmark's questions, their ids unique; warns of another number, see `counted`, and of missing media."""
+    unique((question.id for question in questions), benchmark.root)
+    counted(benchmark, len(questions), *also)
+    present(benchmark, [medium for question in questions for medium in question.media])
+    return questions
 
 
 def present(benchmark: Benchmark, media: Sequence[Medium]) -> None:
