@@ -10,11 +10,12 @@ from pathlib import Path, PurePosixPath
 from vllava.evaluation.files import medium_file
 from vllava.evaluation.questions import FileMedium
 
-ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".MP4", ".AVI", ".MOV", ".MKV", ".WEBM")
 
 
 class Videos:
-    """The videos below a folder. folders: where they may lie, "." the folder itself; prefixes: that a name may lack.
+    """The videos below a folder. folders: where they may lie, "." the folder itself, absolute paths as they are;
+    prefixes: that a name may lack.
 
     Each folder is listed once; no file is opened. A video that is nowhere is one at its likeliest place, which is then
     found to be missing; raises UserError for a name that leads out of the folder.
@@ -28,7 +29,7 @@ class Videos:
         wanted = PurePosixPath(name)
         names = [f"{prefix}{wanted.name}" for prefix in self.prefixes]
         # what ends like a video has its ending already
-        has_ending = wanted.suffix.lower() in ENDINGS
+        has_ending = wanted.suffix in ENDINGS
         files = [*(names if has_ending else ()), *(each + ending for each in names for ending in ENDINGS)]
         for folder in self.folders:
             for file in files:

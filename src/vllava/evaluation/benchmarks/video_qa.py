@@ -98,8 +98,8 @@ class VideoQA(Benchmark):
         if not answered or not any("question_id" in record for record in answered):
             if len(asked) != len(answered):
                 raise UserError(
-                    f"{len(asked):,} questions and {len(answered):,} answers below {self.root}: without question_id the "
-                    "answers in test_a.json can be told apart by their places alone, and one of the files lacks some."
+                    f"{len(asked):,} questions and {len(answered):,} answers below {self.root}: without question_id "
+                    "only their places say which answer is whose, and one of the two files lacks some."
                 )
             warn(self, "test_a.json has no question_id: answers are joined to questions by their places")
             return answered
@@ -114,7 +114,7 @@ class VideoQA(Benchmark):
 
     def _from_tables(self, folder: Path, videos: Videos) -> list[Question]:
         found, seen = [], dict[str, int]()
-        configurations = (self.name, self.name.replace("_", ""))
+        configurations = (self.name, self.name.replace("_", ""), f"sharegptvideo_{self.name.replace('_', '')}")
         for record in read_table(folder, _NEEDED, _MORE, ("test",), configurations):
             name, medium = _video(record, videos)
             seen[name] = seen.get(name, -1) + 1
