@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import json
 import os
 import sys
@@ -94,9 +95,15 @@ def tsv_rows(path: Path) -> Iterator[tuple[Record, int, int]]:
             at, number = at + len(line), number + 1
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
 
+    def named(rows: Iterator[list[str]]) -> Iterator[list[str]]:
+        try:
+            yield from rows
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path}:{number}: the row cannot be read ({reason(error)}). {REMEDY}") from error
+
     _require(path)
     with reading(path, REMEDY), open(path, "rb") as file:
-        rows = csv.reader(lines(file), delimiter="\t", strict=True)
+        rows = named(csv.reader(lines(file), delimiter="\t", strict=True))
         header = next(rows, [])
         start, first = at, number + 1
         for cells in rows:
@@ -126,7 +133,7 @@ class TsvMedium:
         with reading(f"The {self.kind} at byte {self.start} of {self.path}", REMEDY), open(self.path, "rb") as file:
             csv.field_size_limit(sys.maxsize)
             file.seek(self.start)
-            lines = file.read(self.size).decode("utf-8-sig").splitlines(keepends=True)
+            lines = (line.decode("utf-8-sig") for line in io.BytesIO(file.read(self.size)))
             cell = next(csv.reader(lines, delimiter="\t"))[self.column]
             return base64.b64decode(cell, validate=True)
 

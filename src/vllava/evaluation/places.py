@@ -27,8 +27,8 @@ def find_place(root: str, name: str, file: str, on_hub: Sequence[str] = ("*.parq
     """Recognises a benchmark's layout by the files that are found.
 
     root: eval/, its folder for this benchmark (eval/NAME), the folder of a data set, or a hub id (owner/name).
-    file: the one that tells the original's layout, or a pattern of it. on_hub: patterns of the files that are wanted of a data set on the
-    hub. Raises UserError that lists what was looked for.
+    file: the one that tells the original's layout, or a pattern of it. on_hub: patterns of the files that are wanted of
+    a data set on the hub. Raises UserError that lists what was looked for.
     """
     folder = Path(root).expanduser()
     if not folder.exists() and len(Path(root).parts) == 2 and not Path(root).is_absolute():
