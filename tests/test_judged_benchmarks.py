@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from judge_server import JudgeServer
 
 from vllava.errors import UserError
 from vllava.evaluation.benchmarks.llava_bench import LlavaBench
@@ -19,6 +20,7 @@ from vllava.evaluation.benchmarks.video_chatgpt import VideoChatGPT
 from vllava.evaluation.benchmarks.video_qa import VideoQA
 from vllava.evaluation.judges.plain import ExactJudge
 from vllava.evaluation.judges.prompts import read_prompts
+from vllava.evaluation.judges.remote import OpenAiJudge
 from vllava.evaluation.questions import Answer, Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -603,6 +605,21 @@ def test_mm_vet_is_the_mean_score_of_all_and_of_each_capability_and_set(vet):
     assert figures(benchmark, rows, "set/ocr_math")["total"] == 25.0  # in whatever order they stand
     assert rows[0].groups == ("capability/ocr", "capability/math", "set/ocr_math")
     assert rows[0].cluster == rows[2].cluster
+
+
+def test_an_endpoint_judges_a_benchmark_from_end_to_end(tmp_path, vet, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    server = JudgeServer(lambda text: '{"score": 0.5}' if "Prediction: -1" in text else "as you like it")
+    try:
+        benchmark, questions = vet
+        answers = answered(questions, {"v1_0": "-1", "v1_1": "crimson", "v1_2": None, "v1_3": "-1, I think"})
+        judge = OpenAiJudge(model="m", base_url=server.base_url, attempts=2, yes=True)
+        judged = judge.judge(benchmark.requests(answers), tmp_path / "kept", lambda _: None)
+        found = figures(benchmark, benchmark.rows(answers, judged.verdicts))
+    finally:
+        server.close()
+    assert found == {"total": 25.0, "total_judged": 50.0, "unjudged": 25.0} and len(server.asked) == 4
+    assert judged.verdicts["v1_1"].reply == "as you like it" and judged.about["unjudged"] == 1
 
 
 def test_mm_vet_needs_no_prepared_file_and_says_what_a_prepared_one_lacks(tmp_path, vet):

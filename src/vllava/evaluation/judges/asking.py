@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,13 +45,17 @@ class Case:
     settings: Mapping[str, Any]
     attempts: int
     ids: list[str] = field(default_factory=list)
+    _keys: dict[int, str] = field(default_factory=dict, init=False)
 
     def messages(self, attempt: int) -> list[dict[str, str]]:
         return self.prompt.messages(self.slots, attempt)
 
     def key(self, attempt: int) -> str:
-        asked = {"messages": self.messages(attempt), "schema": self.prompt.schema, "attempt": attempt}
-        return key_of({**self.settings, **asked})
+        """What finds the reply to an attempt in a store."""
+        if attempt not in self._keys:
+            asked = {"messages": self.messages(attempt), "schema": self.prompt.schema, "attempt": attempt}
+            self._keys[attempt] = key_of({**self.settings, **asked})
+        return self._keys[attempt]
 
     def next_attempt(self, store: Store) -> int | None:
         """The number of the attempt that is to be made; None where a reply could be read, or all are used up."""
@@ -148,11 +152,17 @@ class ModelJudge(ABC):
             "replies": len(spoken),
             "structured_replies": sum(reply.structured for reply in spoken),
             "tokens": {
-                "input": sum(reply.tokens_in or 0 for reply in spoken),
-                "output": sum(reply.tokens_out or 0 for reply in spoken),
+                "input": _total(reply.tokens_in for reply in spoken),
+                "output": _total(reply.tokens_out for reply in spoken),
             },
         }
         return Judged(verdicts, about, _warnings(snapshots, unjudged, len(requests)))
+
+
+def _total(numbers: Iterable[int | None]) -> int | None:
+    """The sum of what is known; None where nothing is."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if known else None
 
 
 def _warnings(snapshots: Counter[str], unjudged: int, requests: int) -> list[str]:

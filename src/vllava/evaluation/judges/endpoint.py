@@ -48,6 +48,7 @@ class Endpoint:
     longest_wait: float
     structured: bool
     answered: int = field(default=0, init=False)
+    held: bool = field(default=False, init=False)  # a reply was held to a schema
     stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     met: asyncio.Event = field(default_factory=asyncio.Event, init=False)  # something came of the first call
     _not_before: float = field(default=0.0, init=False)
@@ -64,9 +65,11 @@ class Endpoint:
                 call = self.client.chat.completions.create(**body, **({"response_format": form} if structured else {}))
                 reply = self._read(await asyncio.wait_for(call, self.seconds), structured)
             except Exception as error:
-                if structured and _has_no_schema(error):
+                if structured and self._has_no_schema(error):
                     self.structured = False  # from now on, for all
                     continue
+                if getattr(error, "status_code", None) == 429 and self.answered > answered_before:
+                    failures, answered_before = 0, self.answered  # others' turn, not a failure
                 failures += 1
                 self._check(error)
                 self.met.set()
@@ -75,6 +78,7 @@ class Endpoint:
                 await self._wait(error, failures)
             else:
                 self.answered += 1
+                self.held |= structured
                 self.met.set()
                 return reply
 
@@ -88,6 +92,12 @@ class Endpoint:
             return Reply(self.scrub(str(text)), snapshot, took_in, took_out, structured)
         except (AttributeError, IndexError, TypeError) as error:
             raise ValueError("what came is no chat completion") from error
+
+    def _has_no_schema(self, error: Exception) -> bool:
+        """Whether an endpoint cannot hold replies to a schema: it says so, or takes no request that it never took."""
+        if getattr(error, "status_code", None) not in (400, 422, 501) or getattr(error, "code", None) in _REFUSALS:
+            return False
+        return not self.held or any(word in str(error).lower() for word in _NO_SCHEMA)
 
     def _check(self, error: Exception) -> None:
         """Raises where another try cannot help."""
@@ -114,7 +124,7 @@ class Endpoint:
                 f"The judge's endpoint cannot take the request ({said}). judge.temperature=null, judge.max_tokens=null "
                 "and judge.structured=false leave out what some models do not have; judge.options adds to it."
             ) from None
-        asked = _asked_wait(error)
+        asked = asked_wait(error)
         if asked > self.longest_wait:
             raise UserError(
                 f"The judge's endpoint asks to wait {asked:,.0f} s ({said}), longer than judge.longest_wait="
@@ -133,7 +143,7 @@ class Endpoint:
 
     async def _wait(self, error: Exception, failures: int) -> None:
         """Before the next try: longer each time, and as long as the server asks, which holds for all calls."""
-        asked = _asked_wait(error)
+        asked = asked_wait(error)
         if asked:
             self._not_before = max(self._not_before, time.monotonic() + asked)
         pause = min(60.0, self.backoff * 2 ** (failures - 1)) * random.SystemRandom().uniform(0.5, 1.0)
@@ -161,13 +171,7 @@ class Endpoint:
         return shown(f"HTTP {status}: {said}" if status else said)
 
 
-def _has_no_schema(error: Exception) -> bool:
-    """Whether an endpoint says that it cannot hold replies to a schema."""
-    said = str(error).lower()
-    return getattr(error, "status_code", None) in (400, 422, 501) and any(word in said for word in _NO_SCHEMA)
-
-
-def _asked_wait(error: Exception) -> float:
+def asked_wait(error: Exception) -> float:
     """The seconds that a server asks to wait: a number of them, or a date; 0 where it asks for nothing."""
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):

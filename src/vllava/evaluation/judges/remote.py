@@ -39,7 +39,7 @@ class OpenAiJudge(ModelJudge):
     structured: bool = True
     concurrency: Count = 8
     seconds: Positive = 120.0
-    retries: Whole = 6
+    retries: Whole = 8
     backoff: Positive = 1.0
     longest_wait: NotNegative = 600.0
     attempts: Count = 3
@@ -76,7 +76,8 @@ class OpenAiJudge(ModelJudge):
     def judge(self, requests: Sequence[Request], store: Any, say: Say = print) -> Judged:
         judged = super().judge(requests, store, say)
         tokens, price = judged.about["tokens"], self._purse.price
-        judged.about["cost"] = price.of(tokens["input"], tokens["output"]) if price else None
+        told = price is not None and None not in tokens.values()
+        judged.about["cost"] = price.of(tokens["input"], tokens["output"]) if price and told else None
         return judged
 
     def ask(self, cases: Sequence[Case], store: Store, say: Say) -> None:
