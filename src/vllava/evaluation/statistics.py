@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -124,7 +124,7 @@ def difference(a: Draws, b: Draws, metric: str) -> Difference:
 def _means(
     values: np.ndarray, cluster: np.ndarray, resamples: int, seeds: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means [columns] over rows, means in each resample [resamples, columns], and how often the first drew each cluster.
+    """Means [columns] over rows, means in each resample [resamples, columns], how often the first drew each cluster.
 
     values: [rows, columns]. There are no resamples where there are fewer than two clusters. Memory: a few numbers for
     each cluster, and the means of each resample.
@@ -190,8 +190,9 @@ def _fingerprint(names: list[str], cluster: np.ndarray, drawn: np.ndarray) -> st
 
     What all names begin with is left out: it is the folder in which the media lie.
     """
-    shared = os.path.commonprefix(names) if len(names) > 1 else ""
-    digest = hashlib.sha256("\n".join(name[len(shared) :] for name in names).encode(errors="surrogatepass"))
+    ends = zip(names[0], names[-1], strict=False) if len(names) > 1 else ()  # names are sorted
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+    digest = hashlib.sha256("\n".join(name[shared:] for name in names).encode(errors="surrogatepass"))
     digest.update(np.bincount(cluster, minlength=len(names)).astype("<i8").tobytes())
     digest.update(drawn.astype("<i8").tobytes())
     return digest.hexdigest()
