@@ -1,16 +1,23 @@
 """What an evaluation writes: the result, its resamples and its page."""
 
+import base64
+import hashlib
+import io
 import json
 import math
 import random
 from dataclasses import replace
+from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from PIL import Image
 from result_fixtures import JUDGE, colours
 
 from vllava.errors import UserError
 from vllava.evaluation.questions import FileMedium, question
 from vllava.evaluation.result_files import read_draws, read_result, without_secrets, write_result
+from vllava.evaluation.result_page import chosen, thumbnail, write_result_page
 from vllava.evaluation.results import Counts, counted, fingerprint
 from vllava.evaluation.statistics import difference
 
@@ -43,7 +50,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path):
     [
         (lambda content: content.pop("scores"), "scores is missing"),
         (lambda content: content["scores"][0].pop("low"), "without low"),
-        (lambda content: content["scores"][0].update(value="high"), r"scores.value is 'high'"),
+        (lambda content: content["scores"][0].update(value="high"), "scores.value is the text 'high'"),
         (lambda content: content["counts"].pop("broken"), "counts.broken is missing"),
         (lambda content: content["counts"].update(broken=-1), r"counts.broken is -1"),
         (lambda content: content["counts"].update(answered=3), "are not counts.expected together"),
@@ -120,3 +127,123 @@ def test_what_became_of_the_questions_is_said_in_words():
     assert "Answers judged: 1; unjudged: 1." in said
     whole = replace(colours()[0], counts=Counts(3, 3, 0, 3), judge=None)
     assert counted(whole) == ["3 questions, 3 answered, 0 broken."]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+PICTURE = thumbnail(Image.new("RGB", (300, 200), "red"))
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\udc80\u202e"
+
+
+def sample(number, state="right", **changes):
+    made = {"id": f"q{number}", "group": "kind/warm", "question": "What colour?", "answer": "red", "truth": "red"}
+    return {**made, "state": state, "words": "", "pictures": [PICTURE], **changes}
+
+
+class Page(HTMLParser):
+    """What is on a page: its tags, its attributes, its text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.words = [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def test_a_page_shows_figures_counts_and_samples(tmp_path):
+    samples = [
+        sample(1),
+        sample(2, "wrong", answer="", truth=["blue", "blue", "navy"], words="No."),
+        sample(3, "broken", answer=None, truth=None, words="cut off after 10 bytes", pictures=[]),
+    ]
+    page = Page(write_result_page(tmp_path, colours()[0], samples))
+    for said in (
+        *counted(colours()[0]),
+        "accuracy 33.3",
+        "blind 0.00 · chance 25.0 · paper 70.0",
+        "By kind",
+        "all (3) right (1) wrong (1) broken (1) unjudged (0)",
+        "truth blue (2), navy judge No.",
+        "wrong: (empty)",
+        "broken: (nobody was asked) why cut off after 10 bytes",
+        "3 of 3 questions",
+        "gpt-x-2026-01-01",
+        "a" * 64,
+    ):
+        assert said in page.text
+    assert [value for name, value in page.attributes if name == "data-state"] == ["right", "wrong", "broken"]
+    assert page.tags.count("img") == 2
+    assert not [value for name, value in page.attributes if name in ("src", "href") and not value.startswith("data:")]
+
+
+def test_what_strangers_wrote_is_text_and_nothing_else(tmp_path):
+    texts = {
+        "id": HOSTILE,
+        "group": HOSTILE,
+        "question": HOSTILE,
+        "answer": HOSTILE,
+        "truth": HOSTILE,
+        "words": HOSTILE,
+    }
+    found, _ = colours()
+    hostile = replace(
+        found,
+        warnings=[HOSTILE],
+        checkpoint=replace(found.checkpoint, path=HOSTILE),
+        scores=[replace(score, group=HOSTILE) if score.group else score for score in found.scores],
+        judge=replace(JUDGE, snapshots=[HOSTILE]),
+    )
+    pictures = ["https://example.org/x.png", "javascript:alert(3)", f'data:image/png;base64,"><script>{HOSTILE}']
+    page = Page(write_result_page(tmp_path, hostile, [{**sample(1), **texts, "pictures": pictures}]))
+    assert page.tags.count("script") == 1 and page.tags.count("img") == 1
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert not [value for _, value in page.attributes if value and value.startswith(("https:", "javascript:"))]
+    assert page.text.count("alert(1)") >= 9
+
+
+def test_only_the_pages_own_script_may_run(tmp_path):
+    path = write_result_page(tmp_path, colours()[0], [sample(1)])
+    script = path.read_text().partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = (value for name, value in Page(path).attributes if name == "content" and "default-src" in value)
+    assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
+
+
+def test_a_page_shows_the_broken_first_and_the_others_evenly():
+    states = ["right", "wrong"] * 2000
+    assert chosen(states[:150]) == list(range(150))
+    shown = chosen(states)
+    assert len(shown) == 200 and max(np.diff(shown)) <= 21 and min(np.diff(shown)) >= 19
+    for number in range(100, 400, 3):
+        states[number] = "broken"
+    states[3999] = "unjudged"
+    shown = chosen(states)
+    assert len(shown) == len(set(shown)) == 200 and shown == sorted(shown)
+    assert sum(states[number] == "broken" for number in shown) == 40
+    assert 3999 in shown
+    assert len(chosen(["broken"] * 500)) == 40
+
+
+def test_a_page_stays_small_however_large_its_samples_are(tmp_path):
+    long = "data:image/jpeg;base64," + "A" * 1_000_000
+    samples = [sample(number, pictures=[long], answer="word " * 100_000) for number in range(60)]
+    path = write_result_page(tmp_path, colours()[0], samples)
+    assert path.stat().st_size < 26 << 20
+    text = path.read_text()
+    assert text.count("page would be too large") == 60 - text.count("<img ")
+    assert "… (500,000 characters)" in text
+
+
+def test_a_thumbnail_is_a_small_jpeg():
+    small = Image.open(io.BytesIO(base64.b64decode(thumbnail(Image.new("RGBA", (1000, 500))).partition(",")[2])))
+    assert (small.format, small.size) == ("JPEG", (224, 112))
