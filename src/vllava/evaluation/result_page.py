@@ -21,7 +21,7 @@ from vllava.evaluation.results import Result, counted, judged_by
 from vllava.evaluation.statistics import Score
 
 PAGE = "report.html"
-STATES = ("right", "wrong", "broken", "unjudged")
+STATES = ("right", "wrong", "broken", "unjudged", "unscored")  # unscored: nobody knows the truth
 SHOWN = 200  # samples on a page
 _SPECIAL = 40  # of these, broken ones at most; unjudged ones, as many
 _PICTURE_BYTES = 24 << 20  # of a page
@@ -49,8 +49,8 @@ def thumbnail(picture: Image.Image, height: int = 112) -> str:
 def write_result_page(folder: str | Path, result: Result, samples: Sequence[Mapping[str, Any]]) -> Path:
     """Write report.html into a folder; returns its path.
 
-    samples: of each its id, group, question, answer (None where nobody answered), truth, state (one of STATES), words (of
-    the judge, or why it is broken) and pictures (data: URIs). What they say is strangers' text, and shown as such.
+    samples: of each its id, group, question, answer (None where nobody answered), truth, state (one of STATES), words
+    (of the judge, or why it is broken) and pictures (data: URIs). What they say is strangers' text, shown as such.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(figure=_figure, text=_text, truth=_truth)
@@ -64,12 +64,18 @@ def write_result_page(folder: str | Path, result: Result, samples: Sequence[Mapp
         tables=_tables(result),
         facts=_facts(result),
         samples=_within(samples, _PICTURE_BYTES),
-        states={"all": len(samples), **{state: sum(s["state"] == state for s in samples) for state in STATES}},
+        states={"all": len(samples), **_states(samples)},
     )
     path = Path(folder) / PAGE
     with appearing(path) as part:
         part.write_text(page, encoding="utf-8", errors="backslashreplace")
     return path
+
+
+def _states(samples: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many samples are in each state; unscored only where there are any."""
+    found = {state: sum(sample["state"] == state for sample in samples) for state in STATES}
+    return {state: count for state, count in found.items() if count or state != "unscored"}
 
 
 def _spread(numbers: list[int], most: int) -> list[int]:

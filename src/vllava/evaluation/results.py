@@ -15,6 +15,8 @@ from vllava.evaluation.benchmark import Benchmark, Row
 from vllava.evaluation.questions import Answer, Question, Verdict
 from vllava.evaluation.statistics import Draws, Score, measured
 
+_COUNTS = ("requests", "judged", "unjudged")
+_USAGE = ("attempts", "replies", "structured_replies", "tokens", "cost", "costs", "seconds")
 _PACKAGES = ("vllava", "torch", "transformers", "tokenizers", "numpy", "scipy", "av", "pillow", "openai")
 
 
@@ -47,13 +49,17 @@ class Asking:
 
 @dataclass(frozen=True)
 class Judge:
-    """Who judged. snapshots: the models that an endpoint says it answered with. prompts: name -> SHA-256."""
+    """Who judged. snapshots: the models that an endpoint says it answered with. prompts: name -> SHA-256.
+
+    settings: what else decides a reply; usage: what it took. Figures compare where all but usage is the same.
+    """
 
     name: str  # openai, local, exact
     model: str | None = None
     snapshots: list[str] = field(default_factory=list)
     prompts: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    usage: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,9 +126,13 @@ def result_of(
     date: str = "",
     seconds: float = 0.0,
     split: str = "",
+    warnings: Sequence[str] = (),
     seed: int = 0,
 ) -> tuple[Result, Draws]:
-    """The result of a benchmark whose answers have become rows, and the resamples that its intervals come from."""
+    """The result of a benchmark whose answers have become rows, and the resamples that its intervals come from.
+
+    warnings: beside those of the benchmark itself. split: if the benchmark does not say it.
+    """
     scores, draws = measured(rows, benchmark.metrics, seed=seed)
     blind = measured(blind_rows, benchmark.metrics, seed=seed)[0] if blind_rows is not None else []
     judged = [verdict.values is not None for verdict in (verdicts or {}).values()]
@@ -141,7 +151,7 @@ def result_of(
         judge=judge,
         blind=blind,
         paper={name: float(value) for name, value in benchmark.paper.items()},
-        warnings=list(benchmark.warnings),
+        warnings=[*benchmark.warnings, *warnings],
         versions=versions(),
         device=device,
         date=date,
@@ -189,6 +199,22 @@ def counted(result: Result) -> list[str]:
     if counts.unjudged:
         lines.append("Unjudged: the judge gave no reply that can be read, after several tries. They count as wrong.")
     return lines
+
+
+def judge_of(about: Mapping[str, Any]) -> Judge:
+    """The judge, from what it says of itself: `Judged.about`."""
+    own = ("name", "model", "snapshots", "prompts")
+    usage = {name: about[name] for name in _USAGE if name in about}
+    settings = {name: value for name, value in about.items() if name not in (*own, *_COUNTS, *_USAGE)}
+    model = about.get("model")
+    return Judge(
+        str(about["name"]),
+        None if model is None else str(model),
+        sorted(map(str, about.get("snapshots") or ())),
+        dict(about.get("prompts") or {}),
+        settings,
+        usage,
+    )
 
 
 def judged_by(judge: Judge | None) -> str:
