@@ -81,4 +81,5 @@ def result(benchmark, judge=None, asking=ASKING, checkpoint=MODEL, counts=None, 
     ]
     data = Data("/data", "d" * 64, "e" * 64)
     settings = {"split": "", "date": "2026-11-02T10:00:00+00:00", **changes}
-    return Result(benchmark, settings.pop("split"), 3, counted, scores, asking, checkpoint, data, judge, **settings)
+    made = Result(benchmark, "", 3, counted, scores, asking, checkpoint, data, judge)
+    return replace(made, **settings)
