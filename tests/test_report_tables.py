@@ -278,7 +278,7 @@ def test_text_fits_its_width_and_loses_no_column(tables):
         text = as_text(found, remarks, width)
         assert all(len(line) <= width for line in text.splitlines() if not line.startswith(("[", "*")))
         assert all(part in text for part in parts)
-        assert text.count("Video-LLaVA 7B") == sum(text.count(head) for head in ("\nFrozenBiLM", "\nMM-GPT"))
+        assert text.count("Video-LLaVA 7B") == sum(text.count(head) for head in ("\nFrozenBiLM", "\nOtter", "\nMM-GPT"))
 
 
 HOSTILE = "a|b<script>alert(1)</script>*c*"

@@ -18,8 +18,8 @@ from vllava.errors import UserError
 from vllava.evaluation.questions import FileMedium, question
 from vllava.evaluation.result_files import read_draws, read_result, without_secrets, write_result
 from vllava.evaluation.result_page import chosen, thumbnail, write_result_page
-from vllava.evaluation.results import Counts, counted, fingerprint
-from vllava.evaluation.statistics import difference
+from vllava.evaluation.results import Counts, Judge, counted, fingerprint, judge_of, logged_figures, logged_samples
+from vllava.evaluation.statistics import Score, difference
 
 
 def test_a_result_is_what_was_asked_and_counted():
@@ -127,6 +127,42 @@ def test_what_became_of_the_questions_is_said_in_words():
     assert "Answers judged: 1; unjudged: 1." in said
     whole = replace(colours()[0], counts=Counts(3, 3, 0, 3), judge=None)
     assert counted(whole) == ["3 questions, 3 answered, 0 broken."]
+
+
+def test_a_judge_is_what_decides_its_verdicts_apart_from_what_they_took():
+    about = {
+        "name": "openai",
+        "model": "gpt-x",
+        "temperature": 0,
+        "snapshots": {"gpt-x-2": 5, "gpt-x-1": 1},
+        "prompts": {"video_qa": "f" * 64},
+        "requests": 6,
+        "judged": 5,
+        "unjudged": 1,
+        "tokens": {"input": 10, "output": 2},
+    }
+    prompts = {"video_qa": "f" * 64}
+    usage = {"tokens": {"input": 10, "output": 2}}
+    assert judge_of(about) == Judge("openai", "gpt-x", ["gpt-x-1", "gpt-x-2"], prompts, {"temperature": 0}, usage)
+    assert judge_of({"name": "exact", "requests": 3, "judged": 3, "unjudged": 0}) == Judge("exact")
+
+
+def test_what_a_logger_keeps_has_no_gaps():
+    found = logged_figures(colours()[0])
+    assert found["accuracy"] == pytest.approx(100 / 3) and found["accuracy/low"] <= found["accuracy"]
+    assert (found["kind/warm/accuracy"], found["expected"], found["broken"]) == (100.0, 3, 1)
+    single, _ = colours(scores=[Score("accuracy", "", 50.0, math.nan, math.nan, 2, True)])
+    assert logged_figures(single).keys() == {
+        "accuracy",
+        "expected",
+        "answered",
+        "broken",
+        "published",
+        "judged",
+        "unjudged",
+    }
+    (row,) = logged_samples([sample(1, "broken", answer=None, truth=["a", "b"])])
+    assert row["answer"] == "" and row["truth"] == "['a', 'b']" and row["pictures"] == [PICTURE]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

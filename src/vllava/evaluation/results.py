@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vllava.checks import NotNegative, Whole
@@ -223,3 +224,25 @@ def judged_by(judge: Judge | None) -> str:
         return ""
     said = ", ".join(judge.snapshots) or judge.model
     return judge.name if not said else f"{judge.name}: {said}"
+
+
+def logged_figures(result: Result) -> dict[str, float]:
+    """What a logger keeps of a result: its figures with their intervals, those of its parts, and its counts."""
+    found: dict[str, float] = {}
+    for score in result.scores:
+        name = f"{score.group}/{score.metric}" if score.group else score.metric
+        found[name] = score.value
+        if not score.group:
+            found |= {f"{name}/low": score.low, f"{name}/high": score.high}
+    counts = {name: value for name, value in asdict(result.counts).items() if value is not None}
+    return {name: value for name, value in found.items() if not math.isnan(value)} | counts
+
+
+def logged_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The samples of a result's page as a logger's table has them: each with the same columns, all of text."""
+    columns = ("id", "group", "question", "answer", "truth", "state", "words")
+    return [
+        {"pictures": list(sample["pictures"])}
+        | {name: "" if sample[name] is None else str(sample[name]) for name in columns}
+        for sample in samples
+    ]
