@@ -120,7 +120,7 @@ def test_the_cost_of_a_judge_makes_no_other_judge_of_it(tables):
     ("benchmark", "changes", "note"),
     [
         ("gqa", {"counts": Counts(100, 100, 0, 12578)}, "100 questions, not the 12,578 that were published."),
-        ("gqa", {"counts": Counts(100, 97, 3, 100)}, "Broken, not asked, counted as wrong: 3 of 100."),
+        ("gqa", {"counts": Counts(100, 97, 3, 100)}, "Broken: 3 of 100; they count as wrong, with a score of 0."),
         ("gqa", {"asking": replace(IMAGE, template="chat")}, "Another prompt template: chat, not vicuna_v1."),
         ("gqa", {"asking": replace(IMAGE, max_new_tokens=16)}, "Answers of at most 16 tokens, not 128."),
         ("vqav2", {"asking": IMAGE, "split": "val"}, "Another split: val, not test-dev."),
@@ -132,7 +132,8 @@ def test_the_cost_of_a_judge_makes_no_other_judge_of_it(tables):
         ("msvd_qa", {"asking": replace(VIDEO, frames=16)}, "16 frames of a video, not 8."),
         ("msvd_qa", {"asking": replace(VIDEO, frame_sampling="time")}, "Frames chosen otherwise: evenly by time."),
         ("msvd_qa", {"checkpoint": replace(MODEL, temporal_attention=False)}, "no temporal attention"),
-        ("msvd_qa", {"counts": Counts(9, 9, 0, 9, judged=7, unjudged=2)}, "Unjudged, counted as wrong: 2 of 9."),
+        ("gqa", {"asking": IMAGE, "warnings": ["OCR of another reader."]}, "A warning: OCR of another reader."),
+        ("msvd_qa", {"counts": Counts(9, 9, 0, 9, judged=7, unjudged=2)}, "Unjudged: 2 of 9; they count as wrong"),
     ],
 )
 def test_what_cannot_be_compared_with_the_paper_has_a_note_that_says_why(tables, benchmark, changes, note):
@@ -208,7 +209,7 @@ def test_what_has_no_figures_says_why(tables):
 def test_benchmarks_that_the_paper_does_not_have_get_a_table_of_their_own(tables):
     (table,), _ = tables(colours()[0])
     assert table.title == "Other benchmarks"
-    assert cell(table, "a", "colours", "", "A").value == pytest.approx(100 / 3)
+    assert cell(table, "a", "colours", "accuracy", "A").value == pytest.approx(100 / 3)
 
 
 def test_the_five_scores_are_found_as_groups_or_as_metrics(tables):

@@ -123,8 +123,10 @@ def test_what_became_of_the_questions_is_said_in_words():
     said = " ".join(counted(colours()[0]))
     assert "3 questions, 2 answered, 1 broken." in said
     assert "4 were published" in said
-    assert "cannot be read, so nobody was asked. They count as wrong." in said
+    assert "cannot be read, so nobody was asked. They count as wrong, with a score of 0." in said
     assert "Answers judged: 1; unjudged: 1." in said
+    other = replace(colours()[0], counting={"unjudged": "are left out"})
+    assert "after several tries. They are left out." in " ".join(counted(other))
     whole = replace(colours()[0], counts=Counts(3, 3, 0, 3), judge=None)
     assert counted(whole) == ["3 questions, 3 answered, 0 broken."]
 

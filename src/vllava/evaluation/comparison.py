@@ -14,7 +14,7 @@ import yaml
 
 from vllava.errors import UserError
 from vllava.evaluation.result_files import FILE, read_result
-from vllava.evaluation.results import Judge, Result
+from vllava.evaluation.results import Judge, Result, count_as
 from vllava.evaluation.statistics import Score
 
 
@@ -56,9 +56,10 @@ def remarks_on(result: Result) -> list[str]:
     if known.get("split") and result.split and result.split != known["split"]:
         said.append(f"Another split: {result.split}, not {known['split']}.")
     if counts.broken:
-        said.append(f"Broken, not asked, counted as wrong: {counts.broken:,} of {counts.expected:,}.")
+        said.append(f"Broken: {counts.broken:,} of {counts.expected:,}; they {count_as(result, 'broken')}.")
     if counts.unjudged:
-        said.append(f"Unjudged, counted as wrong: {counts.unjudged:,} of {counts.judged + counts.unjudged:,}.")
+        asked_of = counts.judged + counts.unjudged
+        said.append(f"Unjudged: {counts.unjudged:,} of {asked_of:,}; they {count_as(result, 'unjudged')}.")
     if "template" in known and asked.template != known["template"]:
         said.append(f"Another prompt template: {asked.template}, not {known['template']}.")
     if asked.max_new_tokens < known.get("max_new_tokens", 0):
@@ -69,7 +70,7 @@ def remarks_on(result: Result) -> list[str]:
         said.append(f"Frames chosen otherwise: evenly by {asked.frame_sampling}.")
     if "frames" in known and result.checkpoint.temporal_attention is False:
         said.append("The video encoder has no temporal attention: another model than the paper's.")
-    return said
+    return said + [f"A warning: {warning}" for warning in result.warnings]
 
 
 def newest(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
@@ -131,6 +132,6 @@ def line_names(results: Sequence[Result]) -> dict[str, str]:
     return {one: f"{name} ({told[one][0][:8]})" if name in shared else name for one, name in names.items()}
 
 
-def headline(result: Result) -> Score | None:
-    """The score of the whole benchmark that stands in the paper's tables, if there is one."""
-    return next((one for one in result.scores if one.headline and not one.group), None)
+def headlines(result: Result) -> list[Score]:
+    """The scores of the whole benchmark that stand in the paper's tables, if it has any."""
+    return [one for one in result.scores if one.headline and not one.group]

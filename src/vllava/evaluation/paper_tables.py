@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllava.errors import UserError
-from vllava.evaluation.comparison import Found, headline, identity, line_names, newest, paper, remarks_on, way
+from vllava.evaluation.comparison import Found, headlines, identity, line_names, newest, paper, remarks_on, way
 from vllava.evaluation.layout import Cell, Column, Line, Table
 from vllava.evaluation.result_files import read_draws
 from vllava.evaluation.results import Result, judged_by
@@ -38,7 +38,12 @@ def tables_of(found: Sequence[Found]) -> tuple[list[Table], list[str]]:
         if chosen := [one.result for one in taken if one.result.benchmark in benchmarks]:
             tables.append(_Layout(chosen, names).table(spec["title"], spec["columns"], spec["rows"]))
     if others := [one.result for one in taken if one.result.benchmark not in known]:
-        columns = [{"benchmark": name} for name in dict.fromkeys(result.benchmark for result in others)]
+        columns = [
+            {"benchmark": name, "title": metric, "metric": metric}
+            for name, metric in dict.fromkeys(
+                (one.benchmark, score.metric) for one in others for score in headlines(one)
+            )
+        ]
         tables.append(_Layout(others, names).table("Other benchmarks", columns, {}))
     return tables, remarks
 
@@ -46,9 +51,11 @@ def tables_of(found: Sequence[Found]) -> tuple[list[Table], list[str]]:
 def against(found: Sequence[Found], baseline: Found) -> Table:
     """How much better results are than another one of the same benchmark, in the same resamples of the same questions.
 
-    Raises UserError where there is none; one that cannot be compared has a note in place of figures.
+    Raises UserError where there is none, or no figure; one that cannot be compared has a note in place of figures.
     """
     mine = baseline.result
+    if not headlines(mine):
+        raise UserError(f"{baseline.path} has no figures to compare with: nothing was scored, or nobody judged it.")
     rivals = [
         one for one in found if one.result.benchmark == mine.benchmark and one.path.resolve() != baseline.path.resolve()
     ]
@@ -56,8 +63,9 @@ def against(found: Sequence[Found], baseline: Found) -> Table:
         raise UserError(f"There is no other result of {mine.benchmark} to compare {baseline.path} with.")
     notes = _Notes()
     names = line_names([one.result for one in (*rivals, baseline)])
-    lines = [Line(names[way(one.result)], _difference(one, baseline, notes)) for one in rivals]
-    columns = (Column(paper()["benchmarks"].get(mine.benchmark, {}).get("title", mine.benchmark), "more"), Column("p"))
+    lines = [Line(names[way(one.result)], _differences(one, baseline, notes)) for one in rivals]
+    heads = [(f"more {score.metric}", "p") for score in headlines(mine)]
+    columns = tuple(Column(_title(mine.benchmark), head) for pair in heads for head in pair)
     title = f"More than {names[way(mine)]} ({baseline.path}), on the same questions"
     return Table(title, columns, tuple(lines), {}, tuple(notes.listed))
 
@@ -161,7 +169,7 @@ def _published(slot: _Slot, row: Sequence[float | None]) -> Cell | None:
 
 def _score(result: Result, spec: Mapping[str, Any]) -> Score | None:
     """The figure of a column: of the whole, or of the part that has the name, be it a group or a metric."""
-    first = headline(result)
+    first = next(iter(headlines(result)), None)
     metric = spec.get("metric") or (first.metric if first else "")
     if "part" not in spec:
         return result.score(metric)
@@ -169,22 +177,25 @@ def _score(result: Result, spec: Mapping[str, Any]) -> Score | None:
     return inside[0] if inside else result.score(spec["part"])
 
 
-def _difference(one: Found, other: Found, notes: _Notes) -> tuple[Cell | None, ...]:
-    """How much more a result's headline is than another's, and p."""
+def _differences(one: Found, other: Found, notes: _Notes) -> tuple[Cell | None, ...]:
+    """How much more each headline of a result is than another's, and p."""
     a, b = one.result, other.result
-    first = headline(a)
+    scores = headlines(b)
     trouble = "" if a.data.ids_sha256 == b.data.ids_sha256 else "Other questions."
     if identity(a.judge) != identity(b.judge):
         trouble = f"Another judge: {judged_by(a.judge) or 'none'}, not {judged_by(b.judge) or 'none'}."
-    if first is None or headline(b) is None or trouble:
-        return Cell(math.nan, notes=notes.of([trouble or _PRIVATE])), None
+    cells: list[Cell | None] = []
     try:
-        gap = difference(read_draws(one.path), read_draws(other.path), first.metric)
+        if not trouble:
+            mine, others = read_draws(one.path), read_draws(other.path)
+            changed = [] if a.data.sha256 == b.data.sha256 else ["With other prompts or truths."]
+            for score in scores:
+                gap = difference(mine, others, score.metric)
+                cells.append(Cell(gap.value, gap.low, gap.high, notes.of(changed), _digits(score) + 1))
+                cells.append(Cell(gap.p, digits=3))
     except (ValueError, KeyError):
-        said = "Its resamples are not those of the other: other images or videos, or another version drew them."
-        return Cell(math.nan, notes=notes.of([said])), None
-    changed = [] if a.data.sha256 == b.data.sha256 else ["With other prompts or truths."]
-    return Cell(gap.value, gap.low, gap.high, notes.of(changed), _digits(first) + 1), Cell(gap.p, digits=3)
+        trouble = "Its resamples are not those of the other: other images or videos, or another version drew them."
+    return (Cell(math.nan, notes=notes.of([trouble])), *[None] * (2 * len(scores) - 1)) if trouble else tuple(cells)
 
 
 def _title(benchmark: str) -> str:

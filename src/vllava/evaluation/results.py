@@ -87,7 +87,8 @@ class Result:
     """All that is known of one model on one benchmark.
 
     blind: the scores of the same model without the media, where that was asked for. n: the rows that are scored.
-    paper: metric -> the figure of the paper's Video-LLaVA-7B. date: ISO 8601.
+    paper: metric -> the figure of the paper's Video-LLaVA-7B. counting: what becomes of "broken" and "unjudged" ones,
+    where they do not count as wrong ("are left out"). date: ISO 8601.
     """
 
     benchmark: str
@@ -101,6 +102,7 @@ class Result:
     judge: Judge | None = None
     blind: list[Score] = field(default_factory=list)
     paper: dict[str, float] = field(default_factory=dict)
+    counting: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
@@ -152,6 +154,7 @@ def result_of(
         judge=judge,
         blind=blind,
         paper={name: float(value) for name, value in benchmark.paper.items()},
+        counting=dict(getattr(benchmark, "counting", {})),
         warnings=[*benchmark.warnings, *warnings],
         versions=versions(),
         device=device,
@@ -194,12 +197,20 @@ def counted(result: Result) -> list[str]:
     if counts.published is not None and counts.published != counts.expected:
         lines.append(f"{counts.published:,} were published: this is not the whole benchmark, or another version of it.")
     if counts.broken:
-        lines.append("Broken: the image or video cannot be read, so nobody was asked. They count as wrong.")
+        lines.append(
+            f"Broken: the image or video cannot be read, so nobody was asked. They {count_as(result, 'broken')}."
+        )
     if result.judge is not None and counts.judged + counts.unjudged:
         lines.append(f"Answers judged: {counts.judged:,}; unjudged: {counts.unjudged:,}.")
     if counts.unjudged:
-        lines.append("Unjudged: the judge gave no reply that can be read, after several tries. They count as wrong.")
+        fate = count_as(result, "unjudged")
+        lines.append(f"Unjudged: the judge gave no reply that can be read, after several tries. They {fate}.")
     return lines
+
+
+def count_as(result: Result, what: str) -> str:
+    """What becomes of the broken or the unjudged in the figures."""
+    return result.counting.get(what, "count as wrong, with a score of 0")
 
 
 def judge_of(about: Mapping[str, Any]) -> Judge:
