@@ -5,10 +5,11 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
+import torch
 import warm
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -19,6 +20,9 @@ from shard_fixtures import ROOT
 from vllava.config import check, check_command_line, register_resolvers, run_name
 from vllava.errors import UserError
 from vllava.lineage import AUTO
+from vllava.model.files import write_tensors
+from vllava.model.mapped import with_weights
+from vllava.run import foundation
 from vllava.runs import MARK, claim
 
 CONF = ROOT / "conf"
@@ -501,3 +505,14 @@ def test_the_traceback_of_a_users_mistake_is_in_the_log_and_not_on_the_screen(tm
     done = subprocess.run([*command, "logger=none"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: No shards") and "Traceback" not in done.stderr
     assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_model_made_anew_has_the_projector_that_the_run_started_from(tmp_path):
+    """Also where the run does not train it."""
+    settings = ["+experiment=stage2", "task.trained=[llm]", f"projector={tmp_path}/projector.safetensors"]
+    cfg = composed(*settings)
+    model = foundation(OmegaConf.merge(cfg, {"projector": None}))
+    weights = {name: torch.full_like(value, 0.5) for name, value in model.projector.state_dict().items()}
+    write_tensors(weights, tmp_path, "projector.safetensors")
+    anew = with_weights(partial(foundation, cfg), {}, tmp_path)
+    assert all(value.equal(weights[name]) for name, value in anew.projector.state_dict().items())

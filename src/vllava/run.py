@@ -183,17 +183,23 @@ def train(cfg: DictConfig, stops: Stops) -> None:
         anew = stored if task.sharded else partial(foundation, cfg)
         task.model = with_weights(anew, weights, run_dir)
     task.export(run_dir / "checkpoint", tokenizer, settings)
-    facts = {**task.facts(), **cut_short(task), **throughput.facts()}
-    for callback in watched:
-        facts |= callback.facts()
-    facts = {**facts, "seconds": round(time.time() - started, 1)}
+    rows = preview.rows(task.model) if preview and not task.sharded else together
+    figures = [task.facts(), cut_short(task), throughput.facts(), *(callback.facts() for callback in watched)]
+    conclude(cfg, trainer, history, figures, rows, time.time() - started)
+
+
+def conclude(
+    cfg: DictConfig, trainer: L.Trainer, history: History, figures: list[dict], rows: list[dict], seconds: float
+) -> None:
+    """Write what a run found, to its folder and its loggers, and say that it is done."""
+    run_dir = Path(cfg.run_dir)
+    facts = {**{key: value for part in figures for key, value in part.items()}, "seconds": round(seconds, 1)}
     if "warning" in facts:
         print(f"warning: {facts['warning']}")
     metrics = history.finish(facts)
-    rows = preview.rows(task.model) if preview and not task.sharded else together
     log_samples(trainer.loggers, rows)
     write_report(run_dir, run_dir.name, {}, rows, {cfg.experiment: run_dir / "loss.png"}, metrics)
-    print(f"{cfg.experiment}: done in {time.time() - started:.0f} s; checkpoint, figures and report.html in {run_dir}")
+    print(f"{cfg.experiment}: done in {seconds:.0f} s; checkpoint, figures and report.html in {run_dir}")
 
 
 def foundation(cfg: DictConfig, **changes: Any) -> Any:
