@@ -1,5 +1,6 @@
 """Runs that are asked to stop, and disks that fail them: what is saved stays whole, and the exit code is not 0."""
 
+import ctypes
 import json
 import os
 import resource
@@ -24,7 +25,7 @@ from vllava.errors import UserError
 from vllava.stops import Stopped, Stops
 from vllava.training.lines import cut_back
 from vllava.training.ranks import LAUNCHER, end_with_launcher
-from vllava.training.saving import Generations, SaveToResume
+from vllava.training.saving import Generations, SaveToResume, folder_in_use
 
 
 def write(generations, step, content=b"state"):
@@ -42,6 +43,7 @@ def write(generations, step, content=b"state"):
 
 @pytest.fixture
 def generations(tmp_path):
+    (tmp_path / "run").mkdir()
     return Generations(tmp_path / "run" / "resume")
 
 
@@ -371,6 +373,55 @@ def test_a_disk_that_is_full_keeps_the_state_before_and_nothing_of_the_new_one(g
     resumed = Line()
     train(resumed, SaveToResume(generations, 60), ckpt_path=generations.newest()[0])
     assert resumed.seen == [5, 6, 7, 8, 9]
+
+
+def in_a_mount(folder, does):
+    """Fork, mount a small disk at `folder` for the child alone, and do something there; what it gives, None: cannot."""
+    told = folder.parent / "told"
+    if (pid := os.fork()) == 0:
+        try:
+            if ctypes.CDLL(None).unshare(0x20000) == 0:  # CLONE_NEWNS
+                subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+                subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", folder], check=True)
+                torch.set_num_threads(1)
+                told.write_text(does())
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    return told.read_text() if told.exists() else None
+
+
+BROKEN_DISKS = {
+    "full": "head -c 600k /dev/zero > {}/filler",
+    "read-only": "mount -o remount,ro {}",
+    "lost": "umount -l {}",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_DISKS)
+def test_a_disk_that_fails_ends_the_run_in_words_and_keeps_the_states_before(how, tmp_path):
+    """A real file system, in a mount of the test's own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    folder = disk / "run"
+    generations = Generations(folder / "resume")
+
+    def run():
+        folder.mkdir()
+        broken = Line([6], lambda _: subprocess.run(BROKEN_DISKS[how].format(disk), shell=True))
+        try:
+            with folder_in_use(folder, Stops(60)):
+                train(broken, SaveToResume(generations, 0))
+        except UserError as error:
+            return f"{[path.name for path in generations.newest()]} {error}"
+        return "no error"
+
+    told = in_a_mount(disk, run)
+    if told is None:
+        pytest.skip("mounting needs rights that this process does not have")
+    kept = "[]" if how == "lost" else "['step-00000005', 'step-00000004']"  # on the disk that is gone
+    assert told.startswith(kept) and "cannot be written" in told and "after step 5 is in" in told, told
+    assert "start the same command again" in told and not os.listdir(disk)  # nothing was put beneath the mount
 
 
 class Background(SingleDeviceStrategy):
