@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
+from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
 
 import lightning as L
@@ -265,6 +267,28 @@ def test_a_process_for_another_device_whose_first_one_has_ended_ends_too(monkeyp
         with pytest.raises(SystemExit) if ends else nullcontext():
             end_with_launcher("train_ddp_process_1")
         end_with_launcher("stage1")  # the first process itself
+
+
+def meets(rank, attempt, port):
+    """In a process of its own: where it meets the others after a restart, and the sum of their ranks and 1."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": str(attempt), "RANK": str(rank)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ["WORLD_SIZE"] = "2"
+    if attempt == 1 and rank == 0:
+        time.sleep(0.5)  # the other is there first, and may not take an old address for that of this one
+    end_with_launcher("stage1")
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
+    total = torch.tensor([rank + 1])
+    torch.distributed.all_reduce(total)
+    return int(total), os.environ["MASTER_PORT"] != str(port)
+
+
+def test_processes_that_torchrun_starts_again_do_not_look_for_those_that_have_ended():
+    agent = torch.distributed.TCPStore("localhost", 0, is_master=True)
+    for attempt in (0, 1):
+        with ProcessPoolExecutor(2, get_context("fork")) as processes:
+            found = list(processes.map(meets, (0, 1), (attempt, attempt), (agent.port, agent.port)))
+        assert found == [(3, attempt == 1)] * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -101,6 +102,25 @@ def end_with_launcher(job: str) -> None:
             sys.exit(1)
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(signal.SIGTERM)
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            meet_anew()
+
+
+def meet_anew() -> None:
+    """Have the processes that torchrun started again meet at a store of their own.
+
+    In torchrun's own, which it keeps, lie the addresses of those that have ended: whoever reads one before it has been
+    replaced waits for ever, or fails (torch 2.13).
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept = torch.distributed.TCPStore(host, port, is_master=False)
+    key = f"vllava/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    if os.environ["RANK"] == "0":
+        with socket.socket() as free:
+            free.bind(("", 0))
+            kept.set(key, str(free.getsockname()[1]))
+    os.environ["MASTER_PORT"] = kept.get(key).decode()  # waits for it
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
 def _explained(error: OSError | RuntimeError, ranks: Ranks, stops: Stops) -> UserError | None:
