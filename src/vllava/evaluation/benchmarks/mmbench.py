@@ -70,10 +70,8 @@ class MMBench(Benchmark):
     def exports(self, answers: Sequence[Answer]) -> dict[str, Any]:
         lines = predictions(answers, lambda question: question.prompt.removesuffix(LETTER))
         asked = [answer.question for answer in answers if answer.text is not None]
-        for line, one in zip(lines["merge.jsonl"], asked, strict=True):
-            options = one.about["options"]
-            line |= {"round_id": 0, "options": list(options.values()), "option_char": list(options)}
-        return {**lines, "mmbench_upload.xlsx": _upload(answers)}
+        merged = [_line(line, one) for line, one in zip(lines["merge.jsonl"], asked, strict=True)]
+        return {"merge.jsonl": merged, "mmbench_upload.xlsx": _upload(answers)}
 
     def _from_tables(self, folder: Path) -> list[Record]:
         records = read_table(folder, _COLUMNS, _MORE, (self.split,), ("en",))
@@ -130,7 +128,7 @@ def _question(record: Record) -> Question:
     hint = record.get("hint")
     text = record.text("question") if _missing(hint, "none") else f"{hint}\n{record.text('question')}"
     truth = None if _missing(record.get("answer")) else str(record["answer"]).strip()
-    if truth is not None and truth not in LETTERS:
+    if truth is not None and truth not in tuple(LETTERS):
         raise UserError(f"{record.where}: the answer {truth!r} is none of the letters {LETTERS}.")
     index = _index(record)
     by_name = {name.lower(): value for name, value in record.items()}
@@ -163,6 +161,14 @@ def _row(base: int, answers: Sequence[Answer]) -> Row:
         "rows": float(len(answers)),
     }
     return Row(cluster(answers[0].question), values, tuple(answers[0].question.about["groups"]))
+
+
+def _line(line: Mapping[str, Any], asked: Question) -> dict[str, Any]:
+    """A line with what MMBench's runner adds to it, where it does."""
+    options = asked.about["options"]
+    begins = {"question_id": line["question_id"], "round_id": 0, "prompt": line["prompt"], "text": line["text"]}
+    begins |= {"options": list(options.values()), "option_char": list(options)}
+    return {**begins, **{name: value for name, value in line.items() if name not in begins}}
 
 
 def _upload(answers: Sequence[Answer]) -> bytes:
