@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import pickle
 from http.server import BaseHTTPRequestHandler
 
@@ -571,6 +572,24 @@ def test_mmbench_counts_an_order_that_could_not_be_asked_as_wrong(tmp_path):
     found, questions = asked("mmbench", "files", tmp_path)
     rows = found.rows(answered(questions, {"7": "B", "9": "A", "1000009": "C", "2000009": "B"}), {})
     assert figures(found, rows) == pytest.approx({"accuracy": 50, "vanilla_accuracy": 100, "unparsed": 0})
+
+
+def test_mmbench_counts_a_question_only_where_all_its_orders_were_asked(tmp_path):
+    found, questions = asked("mmbench", "files", tmp_path)
+    replies = {"7": "B", "1000007": "A", "9": "A", "1000009": "C", "2000009": "B"}
+    rows = found.rows(answered(questions, replies)[:3], {})  # of question 9 one order of three
+    assert [row.values["complete"] for row in rows] == [1, 0]
+    assert figures(found, rows) == pytest.approx({"accuracy": 100, "vanilla_accuracy": 100, "unparsed": 0})
+    rows = found.rows(answered(questions, replies | {"1000007": "C"})[1:2], {})
+    assert rows[0].values["complete"] == rows[0].values["first"] == 0
+    assert all(math.isnan(figures(found, rows)[name]) for name in ("accuracy", "vanilla_accuracy"))
+
+
+def test_mmbench_in_another_language_is_not_taken_for_the_english_one(tmp_path):
+    fixtures.mmbench_tables(tmp_path)
+    (tmp_path / "en" / "dev-00000-of-00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"cn.*in Chinese"):
+        benchmark("mmbench", tmp_path).questions()
 
 
 def test_mmbench_s_images_may_be_another_row_s(tmp_path):
