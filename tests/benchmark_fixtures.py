@@ -186,7 +186,7 @@ def gqa_tables(root):
 VIZWIZ = [  # number, question, ten answers
     (0, "What is this?", ["unanswerable"] * 6 + ["a can"] * 4),
     (1, "How many are there?", ["none"] * 3 + ["zero"] + ["5"] * 6),
-    (2, "Colour?", ["blue"] * 1 + ["navy"] * 9),
+    (2, "colour? Thank you. ", ["blue"] * 1 + ["navy"] * 9),
 ]
 
 
@@ -206,7 +206,7 @@ def vizwiz_files(root):
     write_images(folder / "val", *(record["image"] for record in known))
     names = [f"VizWiz_test_{n:08d}.jpg" for n, _, _ in VIZWIZ]
     lines = [
-        {"question_id": name, "image": name, "text": text + UNANSWERABLE + SHORT}
+        {"question_id": name, "image": name, "text": text.capitalize() + UNANSWERABLE + SHORT}
         for name, (_, text, _) in zip(names, VIZWIZ, strict=True)
     ]
     write_jsonl(folder / "llava_test.jsonl", lines)
@@ -289,9 +289,9 @@ def science_qa_tables(root):
 # --- TextVQA ----------------------------------------------------------------------------------------------------------
 
 TEXTVQA = [  # id, image, question, ten answers, tokens
-    (901, "aa1", "What brand is it?", ["Nokia"] * 4 + ["nokia phone"] * 6, ["NOKIA", "3310"]),
-    (902, "aa1", "What number?", ["1,000"] * 2 + ["1000"] * 1 + ["10"] * 7, []),
-    (903, "bb2", "Whose shop?", ["John's"] * 1 + ["the John's"] * 1 + ["x"] * 8, ["John's"]),
+    (901, "aa1", "what brand is it?", ["Nokia"] * 4 + ["nokia phone"] * 6, ["NOKIA", "3310"]),
+    (902, "aa1", "what number?", ["1,000"] * 2 + ["1000"] * 1 + ["10"] * 7, []),
+    (903, "bb2", "whose shop?", ["John's"] * 1 + ["the John's"] * 1 + ["x"] * 8, ["John's"]),
 ]
 
 
@@ -306,7 +306,7 @@ def text_vqa_files(root):
         {
             "question_id": image,
             "image": f"{image}.jpg",
-            "text": text.upper() + (f"\nReference OCR token: {', '.join(tokens)}" if tokens else "") + SHORT,
+            "text": f"{text.capitalize()}\nReference OCR token: {', '.join(tokens)}{SHORT}",
         }
         for _, image, text, _, tokens in reversed(TEXTVQA)
     ]

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import pickle
 from http.server import BaseHTTPRequestHandler
 
@@ -53,10 +54,9 @@ def test_both_layouts_ask_the_same(name, tmp_path):
     _, tables = asked(name, "tables", tmp_path / "hub")
     if name == "science_qa":
         files = [question for question in files if question.media]
-    lower = str.lower if name == "text_vqa" else str  # its prepared file has other capitals, here as there
     key = (lambda question: question.id) if name == "text_vqa" else None
     files, tables = (sorted(questions, key=key) if key else questions for questions in (files, tables))
-    assert [lower(question.prompt) for question in files] == [lower(question.prompt) for question in tables]
+    assert [question.prompt for question in files] == [question.prompt for question in tables]
     assert [question.truth for question in files] == [question.truth for question in tables]
     contents = [[[medium.read() for medium in question.media] for question in group] for group in (files, tables)]
     same = [len({medium.key for question in group for medium in question.media}) for group in (files, tables)]
@@ -96,6 +96,8 @@ def test_prompts_of_lines_are_those_of_the_original_s_runners(tmp_path):
     mmbench = first("mmbench")
     assert mmbench["prompt"] == "Look.\nWhat is it?\nA. cat\nB. dog"
     assert (mmbench["round_id"], mmbench["options"], mmbench["option_char"]) == (0, ["cat", "dog"], ["A", "B"])
+    added = ["round_id", "prompt", "text", "options", "option_char"]
+    assert list(mmbench) == ["question_id", *added, "answer_id", "model_id", "metadata"]
     assert first("text_vqa")["question_id"] == "bb2"  # the image, as published
 
 
@@ -208,6 +210,30 @@ def test_a_file_of_answers_that_is_missing_or_cut_is_named(name, path, tmp_path)
         benchmark(name, tmp_path).questions()
 
 
+@pytest.mark.parametrize("content", ["[1]", '{"201": 3, "4": 3, "data": 3}'])
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("gqa", "gqa/data/testdev_balanced_questions.json"),
+        ("science_qa", "scienceqa/problems.json"),
+        ("text_vqa", "textvqa/TextVQA_0.5.1_val.json"),
+    ],
+)
+def test_a_file_of_answers_that_holds_something_else_is_named(name, path, content, tmp_path):
+    write(name, "files", tmp_path)
+    (tmp_path / path).write_text(content)
+    with pytest.raises(UserError, match=rf"{path}.*(holds no|is no record)"):
+        benchmark(name, tmp_path).questions()
+
+
+def test_an_image_s_number_that_is_none_is_named(tmp_path):
+    fixtures.vqav2_files(tmp_path)
+    path = tmp_path / "vqav2" / "v2_OpenEnded_mscoco_val2014_questions.json"
+    path.write_text(path.read_text().replace('"image_id": 2', '"image_id": "two"'))
+    with pytest.raises(UserError, match="questions, record 2: image_id 'two' is no number"):
+        benchmark("vqav2_val", tmp_path).questions()
+
+
 def test_a_table_that_is_cut_is_named(tmp_path):
     fixtures.vizwiz_tables(tmp_path)
     path = tmp_path / "data" / "val-00000-of-00001.parquet"
@@ -299,6 +325,24 @@ def test_gqa_wants_the_very_answer_but_for_case_and_full_stops_at_its_end(layout
     assert set(rows[2].groups) == groups
 
 
+def test_gqa_counts_steps_as_its_script_does_without_those_that_only_ask(tmp_path):
+    fixtures.gqa_files(tmp_path)
+    path = tmp_path / "gqa" / "data" / "testdev_balanced_questions.json"
+    steps = {  # operation: argument, with "exist", "query: name" or "choose name" anywhere in it
+        "201": [("select", "sky"), ("verify color", "dark"), ("exist", "?")],
+        "202": [("select", "chair"), ("choose name", "left|right"), ("choose rel", "left|right")],
+        "203": [("select", "table"), ("query", "name")],
+    }
+    program = {id: [{"operation": o, "argument": a} for o, a in steps.get(id, [])] for id in fixtures.GQA}
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({id: {**known[id], "semantic": program[id]} for id in known}))
+    found = {question.id: question.about["groups"] for question in benchmark("gqa", tmp_path).questions()}
+    assert ["steps/2" in found["201"], "steps/2" in found["202"], "steps/1" in found["203"]] == [True] * 3
+    path.write_text(json.dumps({id: {**known[id], "semantic": ["select: it"]} for id in known}))
+    with pytest.raises(UserError, match="201: the types or the semantic steps"):
+        benchmark("gqa", tmp_path).questions()
+
+
 def test_gqa_s_converted_predictions_have_every_question(tmp_path):
     found, questions = asked("gqa", "files", tmp_path)
     converted = found.exports(answered(questions, {"201": "No.", "202": "Left side.."}))
@@ -381,9 +425,9 @@ def test_scienceqa_says_which_questions_of_its_split_are_not_asked(tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_textvqa_gives_an_answer_what_it_is_worth_to_ten_people(layout, tmp_path):
     found, questions = asked("text_vqa", layout, tmp_path)
-    prompts = {question.id: question.prompt.lower() for question in questions}
-    assert prompts["901"] == ("What brand is it?\nReference OCR token: NOKIA, 3310" + SHORT).lower()
-    assert prompts["902"] == ("What number?" + SHORT).lower()
+    prompts = {question.id: question.prompt for question in questions}
+    assert prompts["901"] == "What brand is it?\nReference OCR token: NOKIA, 3310" + SHORT
+    assert prompts["902"] == "What number?\nReference OCR token: " + SHORT
     # Four say nokia: 1. Three say 1000, with a comma or without: 0.9. Two say john 's, once with an article: 0.6.
     rows = found.rows(answered(questions, {"901": "Nokia.", "902": "1000", "903": "John's"}), {})
     assert figures(found, rows)["accuracy"] == pytest.approx(100 * (1 + 0.9 + 0.6) / 3)
@@ -528,6 +572,24 @@ def test_mmbench_counts_an_order_that_could_not_be_asked_as_wrong(tmp_path):
     found, questions = asked("mmbench", "files", tmp_path)
     rows = found.rows(answered(questions, {"7": "B", "9": "A", "1000009": "C", "2000009": "B"}), {})
     assert figures(found, rows) == pytest.approx({"accuracy": 50, "vanilla_accuracy": 100, "unparsed": 0})
+
+
+def test_mmbench_counts_a_question_only_where_all_its_orders_were_asked(tmp_path):
+    found, questions = asked("mmbench", "files", tmp_path)
+    replies = {"7": "B", "1000007": "A", "9": "A", "1000009": "C", "2000009": "B"}
+    rows = found.rows(answered(questions, replies)[:3], {})  # of question 9 one order of three
+    assert [row.values["complete"] for row in rows] == [1, 0]
+    assert figures(found, rows) == pytest.approx({"accuracy": 100, "vanilla_accuracy": 100, "unparsed": 0})
+    rows = found.rows(answered(questions, replies | {"1000007": "C"})[1:2], {})
+    assert rows[0].values["complete"] == rows[0].values["first"] == 0
+    assert all(math.isnan(figures(found, rows)[name]) for name in ("accuracy", "vanilla_accuracy"))
+
+
+def test_mmbench_in_another_language_is_not_taken_for_the_english_one(tmp_path):
+    fixtures.mmbench_tables(tmp_path)
+    (tmp_path / "en" / "dev-00000-of-00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"cn.*in Chinese"):
+        benchmark("mmbench", tmp_path).questions()
 
 
 def test_mmbench_s_images_may_be_another_row_s(tmp_path):

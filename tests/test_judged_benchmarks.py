@@ -400,6 +400,14 @@ def test_the_five_lists_are_written_as_the_original_writes_them(five):
     assert exports["consistency_qa.json"][0] == {**CONSISTENCY[0], "pred1": IDS[4], "pred2": IDS[5]}
 
 
+def test_the_five_lists_keep_whatever_else_a_record_holds_in_its_order(tmp_path):
+    five_folder(tmp_path, generic=[{"Q": "Why?", "A": "So.", "video_name": "v_a", "number": 3}])
+    found = configured("video_chatgpt", tmp_path)
+    answers = [Answer(question, "x") for question in found.questions()]
+    written = json.dumps(found.exports(answers)["detail_qa.json"])
+    assert written == '[{"Q": "Why?", "A": "So.", "video_name": "v_a", "number": 3, "pred": "x"}]'
+
+
 def test_ids_do_not_change_when_a_sample_is_missing(five):
     benchmark, questions = five
     answers = [Answer(question, "x") for question in questions if question.id != "generic/v_a_0"]

@@ -14,6 +14,7 @@ from vllava.evaluation.normalise import (
     scienceqa_letter,
     textvqa_accuracy,
     vqa_answer,
+    vqa_words,
     vqav2_accuracy,
 )
 
@@ -102,6 +103,11 @@ def test_textvqa_compares_answers_in_one_form():
 def test_vqav2_processes_people_s_answers_only_where_they_differ():
     assert vqav2_accuracy("stop sign", ["stop sign."] * 10) == 0
     assert vqav2_accuracy("stop sign", ["stop sign."] * 9 + ["sign"]) == 1
+
+
+def test_the_vqa_server_takes_one_comma_between_digits_for_a_large_number():
+    assert vqa_words("1,000 (x)-y") == "1000 xy"
+    assert vqa_words("1,,000 (x)-y") == "1 000 x y"
 
 
 # --- GQA and POPE -----------------------------------------------------------------------------------------------------

@@ -57,12 +57,22 @@ def read_json(path: Path) -> Any:
             raise UserError(f"{path}:{error.lineno}: this is no JSON ({error.msg}). {REMEDY}") from error
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of a file that holds a JSON list of objects."""
-    found = read_json(path)
+def read_records(path: Path, name: str = "") -> list[Record]:
+    """The records of a file that holds a JSON list of objects, or has it under a name."""
+    found, inside = read_json(path), f", {name}" if name else ""
+    if name:
+        found = found.get(name) if isinstance(found, dict) else None
     if not isinstance(found, list):
-        raise UserError(f"{path} holds no list of records but a {type(found).__name__}. {REMEDY}")
-    return [_record(values, path, f", record {number}") for number, values in enumerate(found)]
+        raise UserError(f"{path}{inside} holds no list of records but a {type(found).__name__}. {REMEDY}")
+    return [_record(values, path, f"{inside}, record {number}") for number, values in enumerate(found)]
+
+
+def read_by_id(path: Path) -> dict[str, Record]:
+    """The records of a file that holds a JSON object with one for each id."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no records by their ids but a {type(found).__name__}. {REMEDY}")
+    return {id: _record(values, path, f", {id}") for id, values in found.items()}
 
 
 def read_jsonl(path: Path) -> list[Record]:

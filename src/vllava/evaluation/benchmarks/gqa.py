@@ -9,7 +9,7 @@ from typing import Any
 
 from vllava.errors import UserError
 from vllava.evaluation.benchmark import Benchmark, Metric, Row
-from vllava.evaluation.files import Record, checked, image_file, read_json, read_jsonl, unique
+from vllava.evaluation.files import Record, checked, image_file, read_by_id, read_jsonl, unique
 from vllava.evaluation.normalise import gqa_answer
 from vllava.evaluation.places import find_place
 from vllava.evaluation.published import SHORT, cluster, predictions
@@ -53,13 +53,21 @@ def _row(answer: Answer) -> Row:
 
 def _groups(official: Record) -> list[str]:
     """The parts that GQA's script reports: types, whether yes, no or one of a choice answers it, and lengths."""
-    types = official.get("types") or {}
+    types, program = official.get("types") or {}, official.get("semantic") or []
+    if not isinstance(types, dict) or not isinstance(program, list) or not all(isinstance(s, dict) for s in program):
+        raise UserError(f"{official.where}: the types or the semantic steps are not as in the official file.")
     groups = [f"{name}/{types[name]}" for name in ("structural", "semantic", "detailed") if types.get(name)]
     if types.get("structural"):
         groups.append("open" if types["structural"] == "query" else "binary")
-    if official.get("semantic"):
-        groups.append(f"steps/{len(official['semantic'])}")
+    if "semantic" in official:
+        groups.append(f"steps/{sum(map(_counts, program))}")
     return [*groups, f"words/{len(official.text('question').split())}"]
+
+
+def _counts(step: Mapping[str, Any]) -> bool:
+    """Whether a step is one of reasoning: what only asks for the name or whether it is there is none."""
+    told = f"{step.get('operation')}: {step.get('argument')}"
+    return not any(asks in told for asks in ("exist", "query: name", "choose name"))
 
 
 def _question(id: str, prompt: str, image: Any, official: Record) -> Question:
@@ -71,16 +79,14 @@ def _question(id: str, prompt: str, image: Any, official: Record) -> Question:
 def _from_files(folder: Path) -> list[Question]:
     paths = [folder / where / _OFFICIAL for where in _WHERE]
     path = next((path for path in paths if path.is_file()), paths[0])
-    official = read_json(path)
-    if not isinstance(official, dict) or not all(isinstance(record, dict) for record in official.values()):
-        raise UserError(f"{path} is no object of questions by id, as the official file is.")
+    official = read_by_id(path)
     found = []
     for line in read_jsonl(folder / _FILE):
         id = line.text("question_id")
         if id not in official:
             raise UserError(f"{line.where}: the question {id!r} is not in {path}.")
         image = image_file(folder / "data" / "images", line.text("image"))
-        found.append(_question(id, line.text("text"), image, Record(official[id], path, f", question {id}")))
+        found.append(_question(id, line.text("text"), image, official[id]))
     asked = {question.id for question in found}
     left_out = [id for id, record in official.items() if id not in asked and record.get("isBalanced") is not False]
     if left_out:

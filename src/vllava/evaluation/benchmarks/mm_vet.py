@@ -9,7 +9,7 @@ from typing import Any
 
 from vllava.errors import UserError
 from vllava.evaluation.benchmark import Benchmark, Metric, Row, ratio
-from vllava.evaluation.files import Record, checked, image_file, read_json, read_jsonl, unique
+from vllava.evaluation.files import Record, checked, image_file, read_by_id, read_jsonl, unique
 from vllava.evaluation.places import find_place
 from vllava.evaluation.published import cluster, predictions
 from vllava.evaluation.questions import Answer, Question, Request, Verdict, question
@@ -68,10 +68,7 @@ class MMVet(Benchmark):
 
 def _from_files(folder: Path) -> list[Question]:
     """The questions of mm-vet.json; asked as the prepared file says, if there is one."""
-    official = read_json(folder / _FILE)
-    if not isinstance(official, dict) or not all(isinstance(each, dict) for each in official.values()):
-        raise UserError(f"{folder / _FILE} does not hold a record for each question, by its id.")
-    records = {_id(id): Record(values, folder / _FILE, f", {id}") for id, values in official.items()}
+    records = {_id(id): record for id, record in read_by_id(folder / _FILE).items()}
     if not (folder / _PROMPTS).is_file():
         return [_question(id, folder, record, record.text("question"), _number(id)) for id, record in records.items()]
     lines = read_jsonl(folder / _PROMPTS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,13 +31,17 @@ _MORE = {name: (name,) for name in ("C", "D", "E", "hint", "answer", "category",
 
 @dataclass
 class MMBench(Benchmark):
-    """accuracy: circular, every row of a question right; vanilla_accuracy: its first row; split: dev or test."""
+    """accuracy: circular, every row of a question right; vanilla_accuracy: its first row; split: dev or test.
+
+    A question of which not every row was asked, as part of a selection, does not count for the first, nor one whose
+    first row was not for the second.
+    """
 
     split: str = "dev"
     metrics: tuple[Metric, ...] = field(
         default=(
-            Metric("accuracy", ("circular",), headline=True),
-            Metric("vanilla_accuracy", ("vanilla",)),
+            Metric("accuracy", ("circular", "complete"), ratio, headline=True),
+            Metric("vanilla_accuracy", ("vanilla", "first"), ratio),
             Metric("unparsed", ("unparsed", "rows"), ratio),
         ),
         init=False,
@@ -51,8 +56,9 @@ class MMBench(Benchmark):
     def questions(self) -> list[Question]:
         pattern = f"[mM][mM][bB]ench_{''.join(f'[{c}{c.upper()}]' for c in self.split)}*.tsv"
         place = find_place(self.root, "mmbench", pattern, (f"en/{self.split}-*.parquet",))
-        records = self._from_tables(place.folder) if place.tables else _from_file(_file(place.folder, self.split))
-        found = [_question(record) for record in records]
+        records = self._from_tables(place.folder) if place.tables else [*_from_file(_file(place.folder, self.split))]
+        orders = Counter(_index(record) % SHIFT for record in records)
+        found = [_question(record, orders) for record in records]
         unknown = sum(question.truth is None for question in found)
         if unknown:
             warn(
@@ -70,14 +76,16 @@ class MMBench(Benchmark):
     def exports(self, answers: Sequence[Answer]) -> dict[str, Any]:
         lines = predictions(answers, lambda question: question.prompt.removesuffix(LETTER))
         asked = [answer.question for answer in answers if answer.text is not None]
-        for line, one in zip(lines["merge.jsonl"], asked, strict=True):
-            options = one.about["options"]
-            line |= {"round_id": 0, "options": list(options.values()), "option_char": list(options)}
-        return {**lines, "mmbench_upload.xlsx": _upload(answers)}
+        merged = [_line(line, one) for line, one in zip(lines["merge.jsonl"], asked, strict=True)]
+        return {"merge.jsonl": merged, "mmbench_upload.xlsx": _upload(answers)}
 
     def _from_tables(self, folder: Path) -> list[Record]:
         records = read_table(folder, _COLUMNS, _MORE, (self.split,), ("en",))
         for record in records:
+            if record.path.parent.name in ("cn", "cc"):
+                raise UserError(
+                    f"{record.path} holds MMBench in Chinese; this benchmark asks in English: its folder en."
+                )
             if isinstance(medium := record.need("image"), TableMedium):
                 record["image"] = replace(medium, identity=str(_index(record) % SHIFT))
         return records
@@ -117,7 +125,7 @@ def _index(record: Record) -> int:
         raise UserError(f"{record.where}: the index {record['index']!r} is no number.") from error
 
 
-def _question(record: Record) -> Question:
+def _question(record: Record, orders: Mapping[int, int]) -> Question:
     """A row as the published runner asks it: hint, question, and the options up to the first that is missing.
 
     An empty cell and "nan" are missing; "None" is a hint that is missing, but an option, unlike there.
@@ -130,7 +138,7 @@ def _question(record: Record) -> Question:
     hint = record.get("hint")
     text = record.text("question") if _missing(hint, "none") else f"{hint}\n{record.text('question')}"
     truth = None if _missing(record.get("answer")) else str(record["answer"]).strip()
-    if truth is not None and truth not in LETTERS:
+    if truth is not None and truth not in tuple(LETTERS):
         raise UserError(f"{record.where}: the answer {truth!r} is none of the letters {LETTERS}.")
     index = _index(record)
     by_name = {name.lower(): value for name, value in record.items()}
@@ -142,6 +150,7 @@ def _question(record: Record) -> Question:
         truth=truth,
         question_id=index,
         options=options,
+        orders=orders[index % SHIFT],
         groups=groups,
         upload={name: value for name, value in record.items() if name.lower() not in _LEFT_OUT} | {"index": index},
     )
@@ -156,13 +165,24 @@ def _row(base: int, answers: Sequence[Answer]) -> Row:
     right = [letter is not None and letter == a.question.truth for letter, a in zip(said, answers, strict=True)]
     first = [r for r, answer in zip(right, answers, strict=True) if int(answer.question.id) == base]
     unparsed = sum(letter is None and a.text is not None for letter, a in zip(said, answers, strict=True))
+    complete = len(answers) == answers[0].question.about["orders"]
     values = {
-        "circular": float(all(right)),
+        "circular": float(complete and all(right)),
+        "complete": float(complete),
         "vanilla": float(any(first)),
+        "first": float(len(first)),
         "unparsed": float(unparsed),
         "rows": float(len(answers)),
     }
     return Row(cluster(answers[0].question), values, tuple(answers[0].question.about["groups"]))
+
+
+def _line(line: Mapping[str, Any], asked: Question) -> dict[str, Any]:
+    """A line with what MMBench's runner adds to it, where it does."""
+    options = asked.about["options"]
+    begins = {"question_id": line["question_id"], "round_id": 0, "prompt": line["prompt"], "text": line["text"]}
+    begins |= {"options": list(options.values()), "option_char": list(options)}
+    return {**begins, **{name: value for name, value in line.items() if name not in begins}}
 
 
 def _upload(answers: Sequence[Answer]) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllava.errors import UserError
 from vllava.evaluation.benchmark import Benchmark, Metric, Row, ratio
-from vllava.evaluation.files import Record, checked, image_file, read_json, read_records, warn
+from vllava.evaluation.files import Record, checked, image_file, read_by_id, read_json, read_records, warn
 from vllava.evaluation.normalise import scienceqa_letter
 from vllava.evaluation.places import find_place
 from vllava.evaluation.published import LETTER, cluster, lettered, predictions
@@ -49,9 +49,7 @@ class ScienceQA(Benchmark):
 
     def _from_files(self, folder: Path) -> list[Question]:
         path = folder / "problems.json"
-        problems = read_json(path)
-        if not isinstance(problems, dict) or not all(isinstance(problem, dict) for problem in problems.values()):
-            raise UserError(f"{path} is no object of problems by id, as the official file is.")
+        problems = read_by_id(path)
         found = []
         for record in read_records(folder / _FILE):
             id = record.text("id")
@@ -60,7 +58,7 @@ class ScienceQA(Benchmark):
             image = record.get("image")
             media = [image_file(folder / "images" / "test", str(image))] if image else []
             text = _human(record).replace("<image>", "").strip()
-            found.append(_question(id, text, media, Record(problems[id], path, f", problem {id}")))
+            found.append(_question(id, text, media, problems[id]))
         if (splits := folder / "pid_splits.json").is_file():
             self._compare(found, splits)
         return found

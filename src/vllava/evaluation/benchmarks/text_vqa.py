@@ -10,7 +10,7 @@ from typing import Any
 
 from vllava.errors import UserError
 from vllava.evaluation.benchmark import Benchmark, Metric, Row
-from vllava.evaluation.files import Record, checked, image_file, read_json, read_jsonl, warn
+from vllava.evaluation.files import Record, checked, image_file, read_jsonl, read_records, warn
 from vllava.evaluation.normalise import textvqa_accuracy
 from vllava.evaluation.places import find_place
 from vllava.evaluation.published import SHORT, cluster, predictions
@@ -51,9 +51,11 @@ class TextVQA(Benchmark):
         )
         found = []
         for record in read_table(folder, _COLUMNS, _MORE, ("validation", "val")):
-            read = f"\n{_READ}{', '.join(map(str, record['ocr_tokens']))}" if record.get("ocr_tokens") else ""
+            # As in the prepared file: a capital first, the line of tokens also where nothing was read.
+            read = f"\n{_READ}{', '.join(map(str, record['ocr_tokens'] or ()))}" if "ocr_tokens" in record else ""
+            prompt = record.text("question").capitalize() + read + SHORT
             image_id = record.get("image_id") or record["question_id"]
-            found.append(_question(record, record.text("question") + read + SHORT, image_id, record.need("image")))
+            found.append(_question(record, prompt, image_id, record.need("image")))
         return found
 
 
@@ -86,14 +88,9 @@ def asked(prompt: str, where: str) -> str:
 
 def _from_files(folder: Path) -> list[Question]:
     path = folder / _OFFICIAL
-    official = read_json(path)
-    records = official.get("data") if isinstance(official, dict) else None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise UserError(f'{path} is no {{"data": [...]}}, as the official file is.')
     # A question that is asked twice about an image has answers of its own each time: they are taken in turn.
     waiting: dict[tuple[str, str], list[Record]] = {}
-    for number, values in enumerate(records):
-        record = Record(values, path, f", data, record {number}")
+    for record in read_records(path, "data"):
         waiting.setdefault((record.text("image_id"), record.text("question").lower()), []).append(record)
     found = []
     for line in read_jsonl(folder / _FILE):

@@ -56,7 +56,7 @@ class VideoChatGPT(Benchmark):
         place = find_place(self.root, "Video_5_Benchmark", _FILE)
         read = _table if place.tables else _file
         records = {part: read(place.folder, part) for part in PARTS}
-        if [dict(record) for record in records["generic"]] == [dict(record) for record in records["temporal"]]:
+        if records["generic"] == records["temporal"]:
             raise UserError(
                 f"The generic and the temporal questions below {self.root} are the same: one file is wrong."
             )
@@ -85,14 +85,14 @@ class VideoChatGPT(Benchmark):
         return found
 
 
-def _file(folder: Path, part: str) -> list[dict[str, str]]:
-    """The records of a file of the original, each with the fields that its kind has."""
+def _file(folder: Path, part: str) -> list[dict[str, Any]]:
+    """The records of a file of the original, the fields that its kind has as texts, and whatever else they hold."""
     names = ("Q1", "Q2", "A") if part == "consistency" else ("Q", "A")
     records = read_records(folder / "Benchmarking_QA" / f"{part}_qa.json")
-    return [{name: record.text(name) for name in ("video_name", *names)} for record in records]
+    return [{**record, **{name: record.text(name) for name in ("video_name", *names)}} for record in records]
 
 
-def _table(folder: Path, part: str) -> list[dict[str, str]]:
+def _table(folder: Path, part: str) -> list[dict[str, Any]]:
     """The same of a data set: of the configuration, or the split, that is called so."""
     tables = [t for t in find_tables(folder) if part in f"{t.folder}/{t.split}".lower() and t.has(_NEEDED)]
     if not tables:
@@ -108,10 +108,10 @@ def _table(folder: Path, part: str) -> list[dict[str, str]]:
     return [{"video_name": row.text("video_name"), "Q": row.text("Q"), "A": row.text("A")} for row in rows]
 
 
-def _pairs(rows: Sequence[Record]) -> list[dict[str, str]]:
+def _pairs(rows: Sequence[Record]) -> list[dict[str, Any]]:
     """Pairs of questions: in one row, or the second in the next row of the same video that has no first."""
-    found: list[dict[str, str]] = []
-    waiting: dict[str, list[dict[str, str]]] = {}
+    found: list[dict[str, Any]] = []
+    waiting: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         name, first, second = row.text("video_name"), row.get("Q1"), row.get("Q2")
         if first not in _NOTHING:
@@ -128,7 +128,7 @@ def _pairs(rows: Sequence[Record]) -> list[dict[str, str]]:
     return found
 
 
-def _questions(part: str, records: Sequence[Mapping[str, str]], videos: Videos) -> list[Question]:
+def _questions(part: str, records: Sequence[Mapping[str, Any]], videos: Videos) -> list[Question]:
     found, seen = [], dict[str, int]()
     for record in records:
         name = record["video_name"]

@@ -74,7 +74,8 @@ class VizWiz(Benchmark):
         if self.split == "val":
             truth = [str(answer["answer"] if isinstance(answer, dict) else answer) for answer in record.need("answers")]
         kind = record.get("answer_type")
-        return question(id, record.text("question") + SUFFIX, image, truth=truth, image=name, answer_type=kind)
+        prompt = record.text("question").capitalize() + SUFFIX  # a capital first, as in the prepared file
+        return question(id, prompt, image, truth=truth, image=name, answer_type=kind)
 
 
 def _row(answer: Answer) -> Row:

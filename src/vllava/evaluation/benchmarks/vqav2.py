@@ -9,7 +9,7 @@ from typing import Any
 
 from vllava.errors import UserError
 from vllava.evaluation.benchmark import Benchmark, Metric, Row
-from vllava.evaluation.files import Record, checked, image_file, read_json, read_jsonl, warn
+from vllava.evaluation.files import Record, checked, image_file, read_jsonl, read_records, warn
 from vllava.evaluation.normalise import vqa_answer, vqav2_accuracy
 from vllava.evaluation.places import Place, find_place
 from vllava.evaluation.published import SHORT, cluster, predictions
@@ -108,13 +108,13 @@ class VQAv2(Benchmark):
 
     def _from_challenge(self, folder: Path) -> list[Question]:
         path = folder / "v2_mscoco_val2014_annotations.json"
-        annotations = {record.text("question_id"): record for record in _listed(path, "annotations")}
+        annotations = {record.text("question_id"): record for record in read_records(path, "annotations")}
         found = []
-        for record in _listed(folder / _FILES["val"], "questions"):
+        for record in read_records(folder / _FILES["val"], "questions"):
             id = record.text("question_id")
             if id not in annotations:
                 raise UserError(f"{record.where}: the question {id} has no answers in {path}.")
-            image = image_file(folder / "val2014", f"COCO_val2014_{int(record.text('image_id')):012d}.jpg")
+            image = image_file(folder / "val2014", f"COCO_val2014_{_number(record, 'image_id'):012d}.jpg")
             found.append(_scored(record, annotations[id], image))
         return found
 
@@ -145,17 +145,8 @@ def _scored(asked: Record, annotation: Record, image: Any) -> Question:
     )
 
 
-def _listed(path: Path, name: str) -> list[Record]:
-    """The list of this name in one of the challenge's files."""
-    found = read_json(path)
-    records = found.get(name) if isinstance(found, dict) else None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise UserError(f"{path} has no list of {name}.")
-    return [Record(record, path, f", {name}, record {number}") for number, record in enumerate(records)]
-
-
-def _number(record: Record) -> int:
-    id = record.text("question_id")
-    if not id.isdigit():
-        raise UserError(f"{record.where}: question_id {id!r} is no number, as VQAv2's are.")
+def _number(record: Record, name: str = "question_id") -> int:
+    id = record.text(name)
+    if not id.isdecimal():
+        raise UserError(f"{record.where}: {name} {id!r} is no number, as VQAv2's are.")
     return int(id)
