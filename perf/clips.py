@@ -11,12 +11,12 @@ from statistics import median
 
 import torch
 
-from perf.__main__ import table
-from perf.timing import timed
 from data_prep.annotations import Dataset
 from data_prep.executors import LocalProcesses
 from data_prep.media import MediaSettings
 from data_prep.prepare import Preparation, prepare
+from perf.__main__ import table
+from perf.timing import timed
 from vllava.batch import MediumSpec
 from vllava.data.build import sample_decoder
 from vllava.data.samples import SampleDecoder

@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from perf.contenders import MIXTURES, TOKENIZER, Geometry, bare_trainer, build
-from perf.timing import take_turns, timed
 from data_prep.shards import write_manifest, write_shard
 from data_prep.toy_render import encode_jpeg, encode_mp4
+from perf.contenders import MIXTURES, TOKENIZER, Geometry, bare_trainer, build
+from perf.timing import take_turns, timed
 from vllava.batch import MediumSpec
 from vllava.data.build import conversation_data
 from vllava.data.datamodule import Piece, ShardDataset

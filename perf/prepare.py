@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import webdataset
 
-from perf.data import picture, talk
-from perf.timing import take_turns, timed
 from data_prep.annotations import Dataset
 from data_prep.executors import LocalProcesses
 from data_prep.media import MediaSettings
 from data_prep.prepare import Preparation, prepare
 from data_prep.toy_render import encode_jpeg
+from perf.data import picture, talk
+from perf.timing import take_turns, timed
 from vllava.data.media import decode_image
 
 HEADER = (
