@@ -113,7 +113,10 @@ def _settle_evaluation(cfg: DictConfig, held_out: Folders, own: bool, toys: dict
     else:
         node.sources = None
         _fill(node, toys)
-        cfg.benchmark.update(benchmark)
+        _fill(cfg.benchmark, benchmark)
+    if cfg.benchmark and cfg.benchmark.get("_target_") == HELD_OUT:
+        _fill(cfg.benchmark, {key: _plain(node, key) for key in ("sources", "remedy", "cache", "max_new_tokens")})
+        _fill(cfg.benchmark, {"sources": {}, "groups": {}})
 
 
 def _settle_validation(cfg: DictConfig, held_out: Folders, own: bool, toys: dict | None) -> None:
