@@ -154,7 +154,7 @@ class Loader:
     def __init__(self, dataset: Blocks, numbers: Sequence[int], workers: int) -> None:
         self.dataset, self.numbers, self.workers = dataset, numbers, workers
 
-    def __iter__(self) -> Iterator[tuple[int, Prepared]]:
+    def __iter__(self) -> Iterator[Prepared]:
         loader: DataLoader = DataLoader(
             self.dataset,
             batch_size=None,
@@ -162,8 +162,8 @@ class Loader:
             num_workers=min(self.workers, len(self.numbers)),
             worker_init_fn=start_worker,
         )
-        for number, prepared in zip(self.numbers, loader, strict=True):
+        for prepared in loader:
             # What lies in memory shared with a worker, of which containers have little, is copied at once.
             shared = loader.num_workers > 0
             media = [replace(one, pixels=one.pixels.clone()) for one in prepared.media] if shared else prepared.media
-            yield number, replace(prepared, media=media)
+            yield replace(prepared, media=media)

@@ -97,17 +97,14 @@ class _Work(L.LightningModule):
         self.share = _Share(self)
         self.progress: tqdm | None = None
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch  # a micro-batch at a time is
-
-    def predict_step(self, batch: tuple[int, Prepared]) -> None:
-        _, prepared = batch
+    def predict_step(self, prepared: Prepared) -> int:
         said = dict(answered(self.asking, prepared))
         lines = [{"id": self.questions[number].id, "answer": text} for number, text in said.items()]
         lines += [{"id": self.questions[number].id, "broken": why} for number, why in prepared.broken.items()]
         self.predictions.append(self.global_rank, lines)
         if self.progress is not None:
             self.progress.update(len(lines))
+        return len(lines)
 
     def show_progress(self, done: int, mine: int, ranks: int) -> None:
         if self.bar and not self.global_rank:
@@ -133,6 +130,9 @@ class _Share(L.LightningDataModule):
     def __init__(self, work: _Work) -> None:
         super().__init__()
         self.work = [work]  # in a list, for neither is a part of the other
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # what goes through an encoder or the language model together is moved together
 
     def predict_dataloader(self) -> Loader:
         work, trainer = self.work[0], self.trainer
