@@ -11,19 +11,16 @@ import socket
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import lightning as L
 import pytest
-import torch
+from answering_run import ASKED, QUIET, ask_in_process, asked_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_fixtures import jpeg, mp4
 
 from vllava.batch import MediumSpec
-from vllava.conversation import TEMPLATES
 from vllava.data.build import sample_decoder
-from vllava.data.packing import ConversationPacker
 from vllava.data.samples import Sample
 from vllava.errors import UserError
 from vllava.evaluation.answers import ask
@@ -31,43 +28,6 @@ from vllava.evaluation.blocks import blind, blocks
 from vllava.evaluation.generate import Asking, answer
 from vllava.evaluation.predictions import Predictions
 from vllava.evaluation.questions import FileMedium, question
-from vllava.model.checkpoint import load
-
-ASKED = {"benchmark": "test", "sha256": "0"}
-WORDS = ["What is it?", "Is there a red circle?", "Where?", "How many squares are to the left of it?", "Why?"]
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-@dataclass(frozen=True)
-class CountedMedium:
-    """A medium that writes down each time it is read, by whatever process."""
-
-    kind: str
-    path: str
-    log: str
-
-    @property
-    def key(self):
-        return self.path
-
-    def read(self):
-        with open(self.log, "a") as file:
-            file.write(f"{self.path}\n")
-        return Path(self.path).read_bytes()
-
-
-def asked_of(folder, media=6, each=4):
-    """Questions about images and videos, several about each, and some about nothing, their order shuffled."""
-    found = []
-    for number in range(media):
-        kind, data = (("image", jpeg(40 * number)), ("video", mp4(40 * number, frames=4)))[number % 2]
-        path = folder / f"{kind}-{number}"
-        path.write_bytes(data)
-        medium = CountedMedium(kind, str(path), str(folder / "log"))
-        found += [question(f"q{number}-{i}", WORDS[(number + i) % 5] * (i + 1), medium) for i in range(each)]
-    found += [question(f"text-{i}", word) for i, word in enumerate(WORDS)]
-    random.Random(0).shuffle(found)
-    return found
 
 
 @pytest.fixture
@@ -343,24 +303,10 @@ def test_a_prediction_that_is_missing_in_the_end_is_an_error(tmp_path):
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
-def ask_in_process(checkpoint, media, folder, rank, ranks, port):
-    """What a process of a run does: as torchrun starts it, where there are several."""
-    torch.set_num_threads(1)
-    if ranks > 1:
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        os.environ |= {name: str(value) for name, value in {**numbers, "MASTER_PORT": port}.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
-    model, tokenizer, _ = load(checkpoint)
-    packer = ConversationPacker(tokenizer, TEMPLATES["vicuna_v1"], model.specs, 4096, 512)
-    asking = Asking(model, packer, sample_decoder(model.specs, decoder="pyav"), 24, batch_size=4, workers=0)
-    trainer = L.Trainer(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", **QUIET)
-    answer(asking, asked_of(media, media=12), Predictions(folder, "predictions", ASKED), trainer)
-
-
 @pytest.fixture(scope="module")
 def starter():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_generate"])
+    context.set_forkserver_preload(["vllava.run", "data_prep.shards"])  # what takes long to import
     return context
 
 
@@ -392,6 +338,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_predictions_of_an_un
             process.join(120)
         assert all(process.exitcode == 0 for process in processes)
 
+    asked_of(media, media=12)  # their files are there
     end(start(whole, 1))
     kills, lives, seen = 0, 0, set()
     while kills < 12:
