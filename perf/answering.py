@@ -28,9 +28,9 @@ SIZES = (50, 500)  # videos
 NEW_TOKENS = 8
 LOOP = 40  # questions of the plain loop
 HEADER = (
-    f"{EACH} questions about each video, greedy, {NEW_TOKENS} new tokens at most; `loop`: one question at a time, its video "
-    f"decoded and encoded for it, as the original does, timed over {LOOP}; memory: the most that this process and those "
-    "that decode for it hold together, pages they share counted in parts (PSS)"
+    f"{EACH} questions about each video, greedy, {NEW_TOKENS} new tokens at most; `loop`: one question at a time, its "
+    f"video decoded and encoded for it, as the original does, timed over {LOOP}; memory: the most that this process "
+    "and those that decode for it hold together, pages they share counted in parts (PSS)"
 )
 
 

@@ -151,6 +151,28 @@ def said(
     device = next(model.parameters()).device
     with autocast():
         generated = model.generate(batch.to(device), max_new_tokens, ends=packer.ends_of_turn, **sampling)
+    return texts(packer, generated)
+
+
+def said_after(
+    model: VideoLlava,
+    packer: ConversationPacker,
+    stems: Sequence[PackedSample],
+    prompts: Sequence[PackedSample],
+    of: Sequence[int],
+    max_new_tokens: int,
+) -> list[str] | None:
+    """What the model says after each prompt, which goes on from stem `of[p]`; None where it cannot share stems."""
+    device = next(model.parameters()).device
+    shared, batch = pack(stems).to(device), pack(prompts).to(device)
+    with autocast():
+        chosen = torch.tensor(of, device=device)
+        generated = model.generate_after(shared, batch, chosen, max_new_tokens, ends=packer.ends_of_turn)
+    return None if generated is None else texts(packer, generated)
+
+
+def texts(packer: ConversationPacker, generated: Sequence[Sequence[int]]) -> list[str]:
+    """New tokens as answers."""
     return [packer.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in generated]
 
 

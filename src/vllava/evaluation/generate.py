@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vllava.batch import IGNORE_INDEX
 from vllava.data.packing import ConversationPacker, PackedSample
 from vllava.data.samples import Medium, SampleDecoder
-from vllava.evaluation.answers import said
+from vllava.evaluation.answers import said, said_after
 from vllava.evaluation.blocks import Blocks, Loader, Prepared, blocks
 from vllava.evaluation.predictions import Line, Predictions
 from vllava.evaluation.questions import Answer, Question
@@ -23,6 +24,7 @@ from vllava.model.device import autocast, best_device
 from vllava.model.video_llava import VideoLlava, context_of
 
 _WORKERS = 8  # that decode, at most, where nobody says how many
+Numbered = tuple[int, PackedSample, list[int]]  # (number of the question, prompt, numbers of its media)
 _SELDOM = 30.0  # seconds between two lines of the progress in a file
 
 
@@ -164,14 +166,34 @@ def answered(asking: Asking, prepared: Prepared) -> Iterator[tuple[int, str]]:
     """(number of the question, answer) of each prompt of a block."""
     features = encoded(asking, prepared.media)
     for batch, longest in micro_batches(asking, prepared.prompts):
-        prompts = [replace(prompt, media=[features[medium] for medium in media]) for _, prompt, media in batch]
-        texts = said(asking.model, asking.packer, prompts, longest)
+        texts = _after_stems(asking, batch, features, longest)
+        if texts is None:
+            prompts = [replace(prompt, media=[features[medium] for medium in media]) for _, prompt, media in batch]
+            texts = said(asking.model, asking.packer, prompts, longest)
         yield from zip((number for number, _, _ in batch), texts, strict=True)
 
 
-def micro_batches(
-    asking: Asking, prompts: Sequence[tuple[int, PackedSample, list[int]]]
-) -> Iterator[tuple[list[tuple[int, PackedSample, list[int]]], int]]:
+def _after_stems(
+    asking: Asking, batch: Sequence[Numbered], features: Sequence[Medium], longest: int
+) -> list[str] | None:
+    """The answers to prompts that begin alike, up to their one medium: each medium goes through the model once for all.
+
+    None where prompts begin otherwise, or no two show the same medium: then there is nothing to share.
+    """
+    shown = [media[0] if len(media) == 1 else None for _, _, media in batch]
+    ends = [1 + max((n for n, id in enumerate(prompt.token_ids) if id < 0), default=-1) for _, prompt, _ in batch]
+    stems = {tuple(prompt.token_ids[:end]) for (_, prompt, _), end in zip(batch, ends, strict=True)}
+    numbers = [number for number in dict.fromkeys(shown) if number is not None]
+    if None in shown or len(stems) > 1 or len(numbers) == len(batch):
+        return None
+    stem, end = list(stems.pop()), ends[0]
+    shared = [PackedSample("", stem, [IGNORE_INDEX] * end, [features[number]]) for number in numbers]
+    rest = [PackedSample("", prompt.token_ids[end:], prompt.labels[end:], []) for _, prompt, _ in batch]
+    of = [numbers.index(number) for number in shown if number is not None]
+    return said_after(asking.model, asking.packer, shared, rest, of, longest)
+
+
+def micro_batches(asking: Asking, prompts: Sequence[Numbered]) -> Iterator[tuple[list[Numbered], int]]:
     """Prompts that go through the model together, the longest first, with how long their answers may be.
 
     A prompt after which the model's context is too short for the longest answer goes alone, with as much as fits.
