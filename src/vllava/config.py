@@ -177,7 +177,14 @@ def check(cfg: DictConfig) -> None:
         for node in (cfg.evaluation, cfg.benchmark, cfg.judge) if cfg.evaluation else (cfg,):
             OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"The configuration is not complete: {str(error).splitlines()[0]}.") from error
+        raise UserError(f"The configuration is not complete: {str(error).splitlines()[0]}.{_wanted(cfg)}") from error
+
+
+def _wanted(cfg: DictConfig) -> str:
+    """What to do about the value that is missing most often."""
+    if not cfg.benchmark or not OmegaConf.is_missing(cfg.benchmark, "root"):
+        return ""
+    return f" Say where the data of {cfg.benchmark.name} lie: benchmark.root=FOLDER"
 
 
 def _check_chain(cfg: DictConfig) -> None:

@@ -27,7 +27,6 @@ from vllava.evaluation.predictions import Predictions
 from vllava.evaluation.questions import Answer, Question
 from vllava.folders import sha256_of
 from vllava.model.checkpoint import LLM, PROJECTOR, Description, load
-from vllava.model.device import best_device
 from vllava.model.files import Checkpoint
 from vllava.model.finding import Folders
 
@@ -73,12 +72,14 @@ def evaluate(
     if benchmark is None:
         benchmark = HeldOut("held_out", "", sources=sources or {}, remedy=remedy or "", cache=cache, blind=True)
     model, tokenizer, description = load(checkpoint, num_frames, search)
-    model.to(best_device())
     decode = sample_decoder(model.specs, description.image_fit, decoder, description.frame_sampling)
     packer = conversation_packer(model.specs, tokenizer, **description.prompt(template or benchmark.template))
     if isinstance(benchmark, HeldOut):
         benchmark.restrict(model.specs)
     questions = benchmark.questions()
+    first = trainer is None or trainer.is_global_zero
+    for warning in benchmark.warnings if first else []:
+        log.warning("%s: %s", benchmark.name, warning)
     require_questions(benchmark, questions, list(model.specs))
     asking = Asking(model, packer, decode, max_new_tokens or benchmark.max_new_tokens, batch_size, workers)
     judging = judge() if judge is not None and needs_judge(benchmark, questions) else None
@@ -96,7 +97,7 @@ def evaluate(
     if benchmark.blind:
         without = _answers(asking, [blind(question) for question in questions], folder, "blind", how, trainer, runs)
         unseen = [replace(one, question=question) for one, question in zip(without, questions, strict=True)]
-    if trainer is not None and not trainer.is_global_zero:
+    if not first:
         return {}
     say_broken(benchmark, seen)
     write_exports(benchmark, seen, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +18,10 @@ from vllava.evaluation import answers as old
 from vllava.evaluation.benchmark import Benchmark, Metric, Row
 from vllava.evaluation.benchmarks.held_out import HeldOut, in_words, sample_of
 from vllava.evaluation.figures import Asked, figures, table
-from vllava.evaluation.questions import Answer
+from vllava.evaluation.questions import Answer, Verdict
 from vllava.evaluation.report import KINDS, MATCH, sample_rows, write_report
+
+log = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
 
@@ -81,9 +84,23 @@ def write_scores(
         "questions": {"expected": len(seen), "broken": sum(answer.text is None for answer in seen)},
     }
     for name, answers in (("scores", seen), ("blind", unseen)):
-        if answers:
-            verdicts = judge.judge(benchmark.requests(answers), replies).verdicts if judge is not None else {}
+        requests = benchmark.requests(answers)
+        verdicts: dict[str, Verdict] = {}
+        if requests and judge is not None:
+            judged = judge.judge(requests, replies)
+            verdicts = judged.verdicts
+            for warning in judged.warnings:
+                log.warning("%s: %s", benchmark.name, warning)
+        if requests and not verdicts:
+            print(
+                f"{benchmark.name}: its answers are for a judge, and nobody judged them: predictions alone", flush=True
+            )
+        elif answers:
             metrics[name] = scores(benchmark.rows(answers, verdicts), benchmark.metrics)
+    for metric in benchmark.metrics:
+        shown = (metrics.get(name, {}).get(metric.name, {}).get("") for name in ("scores", "blind"))
+        value, blind = ("-" if one is None else f"{one:.2f}" for one in shown)
+        print(f"{benchmark.name:24}{metric.name:24}{value:>10}{'   blind ' + blind if unseen else ''}")
     return metrics
 
 
