@@ -24,7 +24,7 @@ demo: setup ## toy data, stage 1, stage 2, evaluation, report: outputs/demo
 test: setup ## the test suite
 	$(BIN)/python -m pytest -q
 
-soak: setup ## a hundred kills of runs, which have to end as undisturbed ones (an hour or so): outputs/soak
+soak: setup ## a hundred kills of runs, which have to end as undisturbed ones (a quarter of an hour or more): outputs/soak
 	$(BIN)/python tests/soak.py --kills 100 --seed 0
 
 slurm: setup ## a job that is warned and requeued, on a SLURM of one node (Debian's slurmctld, slurmd, slurm-client, munge)

@@ -89,7 +89,7 @@ def main(folder, processes=2):
     trainer = trainer_for(folder, Fsdp(), processes, callbacks=[Save(folder / "state.part"), losses])
     trainer.fit(task, Shares())
     held = {name: p.to_local().numel() / max(p.numel(), 1) for name, p in task.model.named_parameters()}
-    found = {"weights": task.whole, "losses": losses.values, "seen": task.samples_seen, "held": held}
+    found = {"weights": task.whole, "losses": losses.values, "seen": task.counts.samples_seen, "held": held}
     torch.save(found, folder / f"rank-{trainer.global_rank}.pt")
 
 

@@ -36,7 +36,8 @@ from vllava.training.generations import Generations  # noqa: E402
 STEPS = 20
 LIMIT = 240.0  # seconds of a life at most
 SENT = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-WHOM = ("main", "main", "main", "group", "worker", "decoder", "rank")
+WHOM = ("main", "main", "main", "group", "worker", "decoder")
+OF_TWO = (*WHOM, "rank", "rank", "rank")  # where two processes train: the second alone
 WHEN = ("step", "step", "save", "save", "loading", "end")
 
 
@@ -151,7 +152,7 @@ def _group(leader: int) -> list[int]:
 
 def kill(life: Life, chance: random.Random) -> str | None:
     """Wait for a moment and send a signal; returns what was done, None if the run was over before."""
-    whom, when = chance.choice(WHOM), chance.choice(WHEN)
+    whom, when = chance.choice(OF_TWO if life.ranks > 1 else WHOM), chance.choice(WHEN)
     number = signal.SIGKILL if whom in ("worker", "decoder") else chance.choice(SENT)
     begun = life.steps()
     if when == "loading":

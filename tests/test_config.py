@@ -1,17 +1,16 @@
 """Configurations: every one that is offered composes, and every mistake is named before any work is done."""
 
-import multiprocessing
-import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
+import torch
+import warm
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -21,6 +20,9 @@ from shard_fixtures import ROOT
 from vllava.config import check, check_command_line, register_resolvers, run_name
 from vllava.errors import UserError
 from vllava.lineage import AUTO
+from vllava.model.files import write_tensors
+from vllava.model.mapped import with_weights
+from vllava.run import foundation
 from vllava.runs import MARK, claim
 
 CONF = ROOT / "conf"
@@ -392,35 +394,14 @@ def test_what_is_settled_is_said_by_the_first_process_alone(monkeypatch, caplog)
 # --- mistakes on the command line -------------------------------------------------------------------------------------
 
 
-def train_py(folder, arguments):
-    """Run train.py in this process with what it prints going to files in `folder`."""
-    os.chdir(ROOT)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = ["train.py", *arguments]
-    runpy.run_path("train.py", run_name="__main__")
-
-
-@pytest.fixture(scope="module")
-def starter():
-    """Starts processes that have imported the libraries already, which takes most of a run's time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vllava.run", "test_config"])
-    return context
-
-
 @pytest.fixture
-def train(starter, tmp_path):
+def train(tmp_path):
     """A function that runs train.py with the given arguments and returns (exit code, what it wrote to stderr)."""
 
     def run(*arguments):
         settings = [f"runs={tmp_path / 'runs'}", "logger=none"]
-        process = starter.Process(target=train_py, args=(tmp_path, [*arguments, *settings]))
-        process.start()
-        process.join(300)
-        process.kill()  # nothing, if it has ended
-        assert process.exitcode is not None, "train.py hangs"
-        return process.exitcode, (tmp_path / "stderr").read_text()
+        code, _, told = warm.train([*arguments, *settings], tmp_path / "log")
+        return code, told
 
     return run
 
@@ -524,3 +505,14 @@ def test_the_traceback_of_a_users_mistake_is_in_the_log_and_not_on_the_screen(tm
     done = subprocess.run([*command, "logger=none"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: No shards") and "Traceback" not in done.stderr
     assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_a_model_made_anew_has_the_projector_that_the_run_started_from(tmp_path):
+    """Also where the run does not train it."""
+    settings = ["+experiment=stage2", "task.trained=[llm]", f"projector={tmp_path}/projector.safetensors"]
+    cfg = composed(*settings)
+    model = foundation(OmegaConf.merge(cfg, {"projector": None}))
+    weights = {name: torch.full_like(value, 0.5) for name, value in model.projector.state_dict().items()}
+    write_tensors(weights, tmp_path, "projector.safetensors")
+    anew = with_weights(partial(foundation, cfg), {}, tmp_path)
+    assert all(value.equal(weights[name]) for name, value in anew.projector.state_dict().items())

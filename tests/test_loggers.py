@@ -25,7 +25,7 @@ from wandb_server import WandbServer
 from vllava.config import register_resolvers
 from vllava.errors import UserError
 from vllava.training import wandb_run
-from vllava.training.loggers import CsvFile, TensorBoardFiles, build, log_samples
+from vllava.training.loggers import CsvFile, TensorBoardFiles, build, log_evaluation, log_samples
 from vllava.training.wandb_run import parts, records, run_id, usable_mode
 
 STEPS = list(range(1, logged_run.STEPS + 1))
@@ -259,6 +259,48 @@ def test_only_one_rank_asks(logged_in, server, monkeypatch, tmp_path):
     log_samples([logger], SAMPLES)
     assert isinstance(logger, WandbLogger)
     assert server.asked == [] and list(tmp_path.iterdir()) == []
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_what_an_evaluation_found_is_a_runs_summary_and_a_table(logged_in, server, tmp_path):
+    """Offline, under the user's group; of two benchmarks in one run, each under its name."""
+    rows = [{"pictures": [PICTURE], "id": "q1", "question": "Who?", "answer": "", "truth": "A", "state": "wrong"}]
+    loggers = build(tmp_path, {}, wandb=True, csv=True, tensorboard=TENSORBOARD, mode="offline", group="encoders")
+    log_evaluation(loggers, "pope", {"accuracy": 84.5, "category/random/f1": 80.0}, rows)
+    log_evaluation(loggers, "gqa", {"accuracy": 61.25}, [])
+    loggers[0].experiment.finish()
+    wandb.teardown()
+    assert server.asked == []
+    (file,) = parts(tmp_path, run_id(tmp_path))
+    found = list(records(file))
+    (group,) = {record.run.run_group for record in found if record.WhichOneof("record_type") == "run"}
+    assert group == "encoders"
+    summary = {
+        "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+        for record in found
+        if record.WhichOneof("record_type") == "summary"
+        for item in record.summary.update
+    }
+    assert (summary["pope/accuracy"], summary["pope/category/random/f1"], summary["gqa/accuracy"]) == (
+        84.5,
+        80.0,
+        61.25,
+    )
+    (table,) = (file.parent / "files").rglob("*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["frames", "id", "question", "answer", "truth", "state"]
+    assert content["data"][0][1:] == ["q1", "Who?", "", "A", "wrong"]
+    with open(tmp_path / "csv" / "metrics.csv") as written:
+        assert next(csv.DictReader(written))["pope/accuracy"] == "84.5"
+    if TENSORBOARD:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "tensorboard"))
+        events.Reload()
+        assert [point.value for point in events.Scalars("gqa/accuracy")] == [61.25]
+        assert len(events.Images("pope/samples/0")) == 1
 
 
 # --- the other loggers, and the configuration -------------------------------------------------------------------------

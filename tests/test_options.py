@@ -85,7 +85,7 @@ def weights(task):
 
 def test_limited_epochs_are_the_planned_ones_and_each_begins_anew(fit):
     task, seen, rates = fit(max_epochs=2, limit_train_batches=3)
-    assert task.global_step == 6 and task.samples_seen == 24
+    assert task.global_step == 6 and task.counts.samples_seen == 24
     assert rates == pytest.approx(cosine(6))
     first, second = seen[:12], seen[12:24]
     assert len(set(first)) == len(set(second)) == 12  # no sample twice in an epoch
@@ -94,13 +94,13 @@ def test_limited_epochs_are_the_planned_ones_and_each_begins_anew(fit):
 
 def test_a_share_of_an_epoch_is_so_many_of_its_steps(fit):
     task, _, rates = fit(limit_train_batches=0.5)
-    assert task.global_step == 2 and task.samples_seen == 8
+    assert task.global_step == 2 and task.counts.samples_seen == 8
     assert rates == pytest.approx(cosine(2))
 
 
 def test_a_limit_beyond_the_epoch_is_none(fit):
     task, seen, _ = fit(limit_train_batches=100)
-    assert task.global_step == 4 and task.samples_seen == SAMPLES and len(set(seen)) == SAMPLES
+    assert task.global_step == 4 and task.counts.samples_seen == SAMPLES and len(set(seen)) == SAMPLES
 
 
 def test_a_share_that_leaves_no_step_is_an_error(fit):
@@ -110,7 +110,7 @@ def test_a_share_that_leaves_no_step_is_an_error(fit):
 
 def test_overfitting_shows_the_same_samples_in_every_epoch(fit):
     task, seen, rates = fit(max_epochs=3, overfit_batches=2)
-    assert task.global_step == 6 and task.samples_seen == 24
+    assert task.global_step == 6 and task.counts.samples_seen == 24
     assert seen[:8] == seen[8:16] == seen[16:24] and len(set(seen[:8])) == 8
     assert rates == pytest.approx(cosine(6))
 
@@ -123,7 +123,7 @@ def test_an_interrupted_run_with_a_limit_ends_as_an_undisturbed_one(fit, tmp_pat
     fit([SaveToResume(states, 0), Dies(after)], max_epochs=2, **options)
     resumed, _, later = fit([], str(states.newest()[0]), max_epochs=2, **options)
     assert later == pytest.approx(rates[after:])
-    assert resumed.samples_seen == whole.samples_seen
+    assert resumed.counts.samples_seen == whole.counts.samples_seen
     assert torch.equal(weights(resumed), weights(whole))
 
 

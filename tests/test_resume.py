@@ -3,18 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
 
 import pytest
+import warm
 from safetensors.torch import load_file
 
 from data_prep.toy import make
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +22,7 @@ def command(tmp_path_factory):
     spoil(next((world / "stage1" / "images").glob("*.tar")), pictures=2)
     settings = [f"world={world}", "logger=none", "data.global_batch=12", "data.workers=1", "save_minutes=0"]
     settings.append("trainer=single")
-    return [sys.executable, "train.py", "+experiment=stage1", *settings]
+    return ["+experiment=stage1", *settings]
 
 
 def spoil(shard, pictures):
@@ -38,8 +35,11 @@ def spoil(shard, pictures):
             file.write(bytes(20))
 
 
-def run(command, **options):
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+def run(command, folder):
+    """Run to the end; returns what was printed."""
+    code, printed, told = warm.train([*command, f"run_dir={folder}"], folder.with_suffix(".log"))
+    assert code == 0, told
+    return printed
 
 
 def steps(run_dir):
@@ -51,24 +51,23 @@ def steps(run_dir):
 def whole(command, tmp_path_factory):
     """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
-    run([*command, f"run_dir={folder}"], check=True)
+    run(command, folder)
     assert steps(folder) == 20
     return folder
 
 
 def stop(command, run_dir, sent, after, whom="run"):
     """Start a run and send it, or its data worker, a signal after so many steps; returns exit code and output."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    running = subprocess.Popen([*command, f"run_dir={run_dir}"], cwd=ROOT, **pipes)
+    running = warm.Started([*command, f"run_dir={run_dir}"], run_dir.with_suffix(".log"))
     deadline = time.time() + 120
     while steps(run_dir) < after and time.time() < deadline:
         time.sleep(0.02)
     pid = running.pid if whom == "run" else children(running.pid)[0]
     os.kill(pid, sent)
-    told, _ = running.communicate(timeout=60)
+    code, printed, told = running.end(60)
     assert after <= steps(run_dir) < 20
     assert not (run_dir / "checkpoint").exists()
-    return running.returncode, told.decode()
+    return code, printed + told
 
 
 def children(pid):
@@ -105,5 +104,22 @@ def test_a_run_that_was_stopped_lost_its_worker_and_was_killed_ends_with_the_sam
         file.truncate(100)
     code, told = stop(command, broken, signal.SIGKILL, after=steps(broken) + 4)  # goes on from the save before
     assert code == -signal.SIGKILL and f"{newest} is damaged" in told
-    assert "resuming" in run([*command, f"run_dir={broken}"], check=True).stdout
+    assert "resuming" in run(command, broken)
     assert_ended_as(whole, broken)
+
+
+def test_a_run_of_a_constant_learning_rate_may_be_given_more_steps(command, tmp_path):
+    """To the bit, whether it had finished within an epoch, at its end, or was stopped."""
+    constant = [*command, "task.recipe.schedule=constant", "task.recipe.warmup_steps=2", "save_minutes=5"]
+    longest = [*constant, "trainer.max_epochs=2", "trainer.max_steps=23"]
+    run(longest, tmp_path / "whole")
+    grown = tmp_path / "grown"
+    run([*constant, "trainer.max_steps=5"], grown)
+    run([*constant, "trainer.max_steps=20"], grown)
+    assert steps(grown) == 20 and "resuming" in run(longest, grown)
+    assert "is finished" in run(longest, grown)
+    weights = [load_file(tmp_path / name / "checkpoint" / "projector.safetensors") for name in ("whole", "grown")]
+    assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
+    histories = [(tmp_path / name / "history.jsonl").read_text().splitlines() for name in ("whole", "grown")]
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in histories]
+    assert losses[0] == losses[1] and len(losses[0]) == 23

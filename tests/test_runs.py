@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from shard_fixtures import image_sample, text_sample, write_source
 
 from vllava import runs
-from vllava.config import composed, with_paths_quoted
+from vllava.config import composed, run_name, with_paths_quoted
 from vllava.errors import UserError
 from vllava.identity import decides, differences, digest, flat, identity_of, tells_apart
 from vllava.lineage import PROJECTOR, resolve
@@ -172,6 +172,41 @@ def test_more_steps_than_planned_are_refused_in_words(run):
             occupied(run("run", "trainer.max_epochs=3")),
         ):
             pass
+
+
+CONSTANT = ("task.recipe.schedule=constant", "task.recipe.warmup_steps=9")
+
+
+def test_more_steps_go_on_where_the_learning_rate_does_not_depend_on_them(run):
+    enter(run("run", *CONSTANT))
+    enter(run("run", *CONSTANT, "trainer.max_epochs=3"))  # unfinished
+    enter(run("run", *CONSTANT, "trainer.max_steps=7"))
+    done = run("run", *CONSTANT, "trainer.max_steps=7", finished=True)
+    with pytest.raises(UserError, match=r"what it would go on from is no longer in .*resume.*run_dir="):
+        enter(run("run", *CONSTANT, "trainer.max_steps=8"))
+    (done.folder / "resume").mkdir()
+    for shorter in (["trainer.max_steps=6"], ["trainer.max_steps=8", "trainer.max_epochs=3", "seed=2"]):
+        with pytest.raises(UserError, match=r"gone further already|seed was 1 and is 2"):
+            enter(run("run", *CONSTANT, *shorter))
+    assert read_run(done.folder).is_finished  # and is still, after what was refused
+    enter(run("run", *CONSTANT, "trainer.max_steps=8"))
+    assert not read_run(done.folder).is_finished
+
+
+@pytest.mark.parametrize("warmup", ["task.recipe.warmup_ratio=0.1", "task.recipe.schedule=cosine"])
+def test_a_warm_up_that_is_a_share_of_the_steps_depends_on_them(warmup, run):
+    given = ("task.recipe.schedule=constant", warmup)
+    enter(run("run", *given))
+    with pytest.raises(UserError, match="learning rate follows the steps that were planned"):
+        enter(run("run", *given, "trainer.max_steps=8"))
+
+
+def test_a_run_that_may_be_given_more_steps_keeps_its_name():
+    def name(*overrides):
+        return run_name("stage1", "united", 1, *overrides)
+
+    assert name(*CONSTANT) == name(*CONSTANT, "trainer.max_steps=9")
+    assert name() != name("trainer.max_steps=9")
 
 
 def test_running_again_goes_into_a_folder_of_its_own(run, tmp_path):

@@ -70,7 +70,7 @@ def test_two_processes_with_a_part_each_train_as_one_with_the_whole(two, folder,
     task, losses = alone(task, folder, "auto")
     for ours, theirs in zip(two[0]["losses"], losses, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
-    assert two[0]["seen"] == two[1]["seen"] == task.samples_seen == 2 * STEPS
+    assert two[0]["seen"] == two[1]["seen"] == task.counts.samples_seen == 2 * STEPS
     assert two[0]["weights"].keys() == task.trained_weights().keys() and not two[1]["weights"]
     for name, weight in task.trained_weights().items():
         assert_close(two[0]["weights"][name], weight, atol=5e-4, rtol=1e-4)  # AdamW divides by tiny gradients
@@ -83,7 +83,7 @@ def test_one_process_continues_what_two_have_saved_while_they_trained_on(two, fo
     assert len(parts) == 2 and max(parts) < 1.1 * min(parts)
     done = sharded_run.SAVED_AT
     task, losses = alone(stage(folder), folder, Fsdp(), done, folder / "state.part")
-    assert task.samples_seen == 2 * STEPS
+    assert task.counts.samples_seen == 2 * STEPS
     for ours, theirs in zip(losses, two[0]["losses"][done:], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
     for name, weight in task.trained_weights().items():

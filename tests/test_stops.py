@@ -1,5 +1,6 @@
 """Runs that are asked to stop, and disks that fail them: what is saved stays whole, and the exit code is not 0."""
 
+import ctypes
 import json
 import os
 import resource
@@ -9,7 +10,10 @@ import sys
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
+from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
 
 import lightning as L
@@ -22,7 +26,8 @@ from torch.utils.data import DataLoader
 from vllava.errors import UserError
 from vllava.stops import Stopped, Stops
 from vllava.training.lines import cut_back
-from vllava.training.saving import Generations, SaveToResume
+from vllava.training.ranks import LAUNCHER, end_with_launcher
+from vllava.training.saving import Generations, SaveToResume, folder_in_use
 
 
 def write(generations, step, content=b"state"):
@@ -40,6 +45,7 @@ def write(generations, step, content=b"state"):
 
 @pytest.fixture
 def generations(tmp_path):
+    (tmp_path / "run").mkdir()
     return Generations(tmp_path / "run" / "resume")
 
 
@@ -254,6 +260,37 @@ def test_a_child_that_fails_or_ends_well_after_a_signal_stops_its_parent_all_the
         assert ended(running)[0] == wanted
 
 
+def test_a_process_for_another_device_whose_first_one_has_ended_ends_too(monkeypatch):
+    monkeypatch.setattr("vllava.training.ranks.die_with_parent", lambda number: None)  # not this process, please
+    for first, ends in ((str(os.getppid()), False), ("1", True)):
+        monkeypatch.setenv(LAUNCHER, first)
+        with pytest.raises(SystemExit) if ends else nullcontext():
+            end_with_launcher("train_ddp_process_1")
+        end_with_launcher("stage1")  # the first process itself
+
+
+def meets(rank, attempt, port):
+    """In a process of its own: where it meets the others after a restart, and the sum of their ranks and 1."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": str(attempt), "RANK": str(rank)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ["WORLD_SIZE"] = "2"
+    if attempt == 1 and rank == 0:
+        time.sleep(0.5)  # the other is there first, and may not take an old address for that of this one
+    end_with_launcher("stage1")
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
+    total = torch.tensor([rank + 1])
+    torch.distributed.all_reduce(total)
+    return int(total), os.environ["MASTER_PORT"] != str(port)
+
+
+def test_processes_that_torchrun_starts_again_do_not_look_for_those_that_have_ended():
+    agent = torch.distributed.TCPStore("localhost", 0, is_master=True)
+    for attempt in (0, 1):
+        with ProcessPoolExecutor(2, get_context("fork")) as processes:
+            found = list(processes.map(meets, (0, 1), (attempt, attempt), (agent.port, agent.port)))
+        assert found == [(3, attempt == 1)] * 2
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
 def test_a_child_is_asked_to_stop_when_its_parent_is_killed(tmp_path):
     child = "import os; print('ready', flush=True); from vllava.stops import *\ntry:\n with Stops(9): time.sleep(60)\n"
@@ -360,6 +397,55 @@ def test_a_disk_that_is_full_keeps_the_state_before_and_nothing_of_the_new_one(g
     resumed = Line()
     train(resumed, SaveToResume(generations, 60), ckpt_path=generations.newest()[0])
     assert resumed.seen == [5, 6, 7, 8, 9]
+
+
+def in_a_mount(folder, does):
+    """Fork, mount a small disk at `folder` for the child alone, and do something there; what it gives, None: cannot."""
+    told = folder.parent / "told"
+    if (pid := os.fork()) == 0:
+        try:
+            if ctypes.CDLL(None).unshare(0x20000) == 0:  # CLONE_NEWNS
+                subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+                subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", folder], check=True)
+                torch.set_num_threads(1)
+                told.write_text(does())
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    return told.read_text() if told.exists() else None
+
+
+BROKEN_DISKS = {
+    "full": "head -c 600k /dev/zero > {}/filler",
+    "read-only": "mount -o remount,ro {}",
+    "lost": "umount -l {}",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN_DISKS)
+def test_a_disk_that_fails_ends_the_run_in_words_and_keeps_the_states_before(how, tmp_path):
+    """A real file system, in a mount of the test's own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    folder = disk / "run"
+    generations = Generations(folder / "resume")
+
+    def run():
+        folder.mkdir()
+        broken = Line([6], lambda _: subprocess.run(BROKEN_DISKS[how].format(disk), shell=True))
+        try:
+            with folder_in_use(folder, Stops(60)):
+                train(broken, SaveToResume(generations, 0))
+        except UserError as error:
+            return f"{[path.name for path in generations.newest()]} {error}"
+        return "no error"
+
+    told = in_a_mount(disk, run)
+    if told is None:
+        pytest.skip("mounting needs rights that this process does not have")
+    kept = "[]" if how == "lost" else "['step-00000005', 'step-00000004']"  # on the disk that is gone
+    assert told.startswith(kept) and "cannot be written" in told and "after step 5 is in" in told, told
+    assert "start the same command again" in told and not os.listdir(disk)  # nothing was put beneath the mount
 
 
 class Background(SingleDeviceStrategy):

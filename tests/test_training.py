@@ -251,8 +251,8 @@ def test_broken_samples_are_counted_and_logged_with_key_and_reason(model, step, 
     step.dropped_turns = 2
     with caplog.at_level(logging.WARNING):
         task, _ = fit(model, ["projector"], [step])
-    assert task.broken == [("shard.tar:0007", "unreadable image")]
-    assert (task.samples_seen, task.samples_broken, task.turns_dropped) == (6, 1, 2)
+    assert task.counts.broken == [("shard.tar:0007", "unreadable image")]
+    assert (task.counts.samples_seen, task.counts.samples_broken, task.counts.turns_dropped) == (6, 1, 2)
     assert "shard.tar:0007: unreadable image" in caplog.text
     facts = task.facts()
     assert (facts["samples"], facts["broken"], facts["dropped_first_turns"]) == (6, 1, 2)

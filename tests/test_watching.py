@@ -192,7 +192,7 @@ def test_scaled_gradients_are_clipped_by_their_own_norm(make_model, steps):
 def test_a_step_that_the_scaler_leaves_out_is_none_that_stops_the_run(model, steps):
     before = copies(model)
     task, _, trainer = fit_scaled(model, steps[:1], half(2.0**40))  # times a gradient: more than float16 holds
-    assert task.scaler_skips == 1 == task.facts()["scaler_skips"] and not task.skipped
+    assert task.counts.scaler_skips == 1 == task.facts()["scaler_skips"] and not task.counts.skipped
     assert parts_that_changed(model, before) == set() and trainer.precision_plugin.scaler.get_scale() == 2.0**39
 
 

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vllava.checks import MISSING, Count, NotNegative, OneOf, Seed, Whole, hints_of, require, require_all
 from vllava.data.build import Modality
 from vllava.errors import UserError, require_known
-from vllava.identity import tells_apart
+from vllava.identity import LENGTH, tells_apart
 from vllava.options import check_callbacks, check_override, check_trainer, refuse
 from vllava.settle import EVALUATE, settle
 from vllava.sources import check_spelling
@@ -77,7 +77,10 @@ def run_name(experiment: str, ablation: str, seed: int, *overrides: str) -> str:
     """
     shown = [one for one in overrides if one.startswith(("model=", "benchmark="))]
     chosen = [one.partition("=")[2] for one in sorted(shown, reverse=True)]
-    others = sorted(one for one in overrides if tells_apart(one) and not one.startswith(("seed=", *shown)))
+    own: tuple[str, ...] = ("seed=", *shown)
+    if "task.recipe.schedule=constant" in overrides:  # such a run may be given more steps: it is the same
+        own += tuple(f"{key}=" for key in LENGTH)
+    others = sorted(one for one in overrides if tells_apart(one) and not one.startswith(own))
     named = [experiment, ablation, *chosen, f"s{seed}"]
     if others:
         named.append(hashlib.sha256("\n".join(others).encode()).hexdigest()[:6])

@@ -38,7 +38,7 @@ TRAINER = (
     *("precision", "max_epochs", "max_steps", "max_time"),
     *("limit_train_batches", "overfit_batches", "fast_dev_run"),
 )
-# A run may end later, or earlier, than was planned; see vllava.runs.
+# A run whose learning rate does not depend on them may be given more steps than were planned; see `grows`.
 LENGTH = ("trainer.max_epochs", "trainer.max_steps")
 # What decides nothing of an evaluation, or is in its benchmark.
 _BESIDE = ("run_dir", "remedy", "batch_size", "workers", "plots", "cache", "search", "runs", "sources")
@@ -74,6 +74,13 @@ def is_checkpoint(override: str) -> bool:
     """Whether an override is `checkpoint=PATH`, what an evaluation asks, and not a block of a training run."""
     key, _, value = override.lstrip("+~").partition("=")
     return key == "checkpoint" and not value.startswith("{") and value not in ("", "null")
+
+
+def grows(settings: Mapping[str, Any]) -> bool:
+    """Whether a run of these settings, or this identity, takes the same steps whatever number is planned."""
+    recipe = (settings.get("task") or {}).get("recipe") or {}
+    fixed_warmup = recipe.get("warmup_steps") is not None or recipe.get("warmup_ratio") == 0
+    return recipe.get("schedule") == "constant" and fixed_warmup
 
 
 def _within(key: str, name: str) -> bool:

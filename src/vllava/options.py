@@ -329,7 +329,7 @@ class KnownMonitors(L.Callback):
 
 def cut_short(task: Any) -> dict[str, Any]:
     """What a run's figures say where it ended before its planned steps, as by max_time: the rate was still falling."""
-    done, planned = task.trainer.global_step, task._planned_steps()
+    done, planned = task.trainer.global_step, task.planned_steps()
     if done >= planned:
         return {}
     print(f"warning: ended after {done} of {planned} planned steps, before the learning rate had come down")

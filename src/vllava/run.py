@@ -30,7 +30,7 @@ from vllava.evaluation.preview import Preview
 from vllava.evaluation.report import write_report
 from vllava.features import use_features
 from vllava.folders import require_replaceable
-from vllava.identity import Identity, evaluation_identity, identity_of
+from vllava.identity import Identity, evaluation_identity, grows, identity_of
 from vllava.lineage import resolve
 from vllava.model.build import as_stored, load_tokenizer
 from vllava.model.checkpoint import load_projector
@@ -39,7 +39,7 @@ from vllava.model.mapped import with_weights
 from vllava.model.precision import set_precision
 from vllava.model.video_llava import VideoLlava
 from vllava.options import cut_short, extra_callbacks, implied, in_words, with_extras
-from vllava.runs import Run, claim, is_first_process, occupied, place, read_run
+from vllava.runs import RESUME, Run, claim, is_first_process, occupied, place, read_run
 from vllava.stops import Stops
 from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, Throughput, progress_bar
@@ -52,7 +52,6 @@ from vllava.training.saving import Generations, SaveToResume, folder_in_use
 from vllava.training.task import Task
 from vllava.watching import show_model, validation
 
-RESUME = "resume"  # in a run's folder while it is unfinished
 MOST_PROCESSES = 4  # on CPUs, unless trainer.devices says how many
 
 
@@ -73,7 +72,7 @@ def run(cfg: DictConfig) -> None:
         with occupied(Run(folder, cfg.experiment, cfg.ablation, cfg.seed, identity(cfg))) as run:
             if run is None:
                 say_finished(folder)
-                Generations(folder / RESUME).clear()  # the run may have been killed before it did
+                tidy(cfg, folder)  # the run may have been killed before it did
             elif cfg.chain or cfg.benchmarks:
                 run_chain(cfg) if cfg.chain else run_benchmarks(cfg)
                 run.finish()
@@ -83,7 +82,7 @@ def run(cfg: DictConfig) -> None:
                     evaluate(cfg, stops) if cfg.evaluation else train(cfg, stops)
                     if is_first_process():
                         run.finish()
-                        Generations(folder / RESUME).clear()
+                        tidy(cfg, folder)
 
 
 def identity(cfg: DictConfig) -> Identity:
@@ -101,6 +100,12 @@ def say_finished(folder: Path) -> None:
     found = read_run(folder)
     ended = f" ({found.ended})" if found else ""
     print(f"{folder} is finished{ended}, with the same settings: nothing to do. rerun=true runs it again, elsewhere.")
+
+
+def tidy(cfg: DictConfig, folder: Path) -> None:
+    """Remove what a finished run went on from, unless it may be given more steps."""
+    if cfg.evaluation or not grows(cfg):
+        Generations(folder / RESUME).clear()
 
 
 def log_to(folder: Path) -> None:
@@ -164,7 +169,7 @@ def train(cfg: DictConfig, stops: Stops) -> None:
         preview = Preview(asked, task.specs, tokenizer, settings, settings["preview"]["remedy"])
     history, throughput = History(run_dir), Throughput()
     watched = validation(settings, task, tokenizer, preview, history.extra.update)
-    saving = SaveToResume(Generations(run_dir / RESUME), cfg.save_minutes, stops)
+    saving = SaveToResume(Generations(run_dir / RESUME), cfg.save_minutes, stops, keep_last=grows(settings))
     durable = Durable(run_dir / "checkpoints", which, stored, tokenizer, settings)
     trainer = build_trainer(cfg, settings, [throughput, *watched, history, progress_bar(), durable], saving, task)
     data.trainer = trainer  # which may limit an epoch
@@ -181,17 +186,23 @@ def train(cfg: DictConfig, stops: Stops) -> None:
         anew = stored if task.sharded else partial(foundation, cfg)
         task.model = with_weights(anew, weights, run_dir)
     task.export(run_dir / "checkpoint", tokenizer, settings)
-    facts = {**task.facts(), **cut_short(task), **throughput.facts()}
-    for callback in watched:
-        facts |= callback.facts()
-    facts = {**facts, "seconds": round(time.time() - started, 1)}
+    rows = preview.rows(task.model) if preview and not task.sharded else together
+    figures = [task.facts(), cut_short(task), throughput.facts(), *(callback.facts() for callback in watched)]
+    conclude(cfg, trainer, history, figures, rows, time.time() - started)
+
+
+def conclude(
+    cfg: DictConfig, trainer: L.Trainer, history: History, figures: list[dict], rows: list[dict], seconds: float
+) -> None:
+    """Write what a run found, to its folder and its loggers, and say that it is done."""
+    run_dir = Path(cfg.run_dir)
+    facts = {**{key: value for part in figures for key, value in part.items()}, "seconds": round(seconds, 1)}
     if "warning" in facts:
         print(f"warning: {facts['warning']}")
     metrics = history.finish(facts)
-    rows = preview.rows(task.model) if preview and not task.sharded else together
     log_samples(trainer.loggers, rows)
     write_report(run_dir, run_dir.name, {}, rows, {cfg.experiment: run_dir / "loss.png"}, metrics)
-    print(f"{cfg.experiment}: done in {time.time() - started:.0f} s; checkpoint, figures and report.html in {run_dir}")
+    print(f"{cfg.experiment}: done in {seconds:.0f} s; checkpoint, figures and report.html in {run_dir}")
 
 
 def foundation(cfg: DictConfig, **changes: Any) -> Any:

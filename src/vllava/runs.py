@@ -18,11 +18,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from vllava.data.writing import write_json
 from vllava.errors import UserError, reading
-from vllava.identity import LENGTH, Identity, differences, digest, in_words
+from vllava.identity import LENGTH, Identity, differences, digest, grows, in_words
 
 MARK = ".vllava-run"  # in every run's folder: what lies there is a run's; and the lock of who works there
 RECORD = "run.json"
 METRICS = "metrics.json"
+RESUME = "resume"  # what an unfinished run goes on from, and one that may be given more steps
 PATIENCE = 8.0  # seconds in which the data workers of a run that was killed are gone, and its lock with them
 KEPT = ("checkpoint", METRICS, "report.html")  # what a finished run must still have, of what it left
 _WRITTEN = (
@@ -160,6 +161,19 @@ def occupied(run: Run) -> Iterator[Run | None]:
             lock.release()
 
 
+def _why_not_go_on(before: Run, found: dict[str, tuple[int | None, int | None]]) -> str:
+    """Why a run cannot be given another length; empty where it can."""
+    if not grows(before.identity):
+        return "its learning rate follows the steps that were planned, so with others it is another run"
+    if before.left is None:
+        return ""  # the task will see whether it has gone further already
+    if not all(new in (None, -1) or (old not in (None, -1) and new > old) for old, new in found.values()):
+        return "it has gone further already"
+    if not (before.folder / RESUME).is_dir():
+        return f"what it would go on from is no longer in {before.folder / RESUME}"
+    return ""
+
+
 def _settled(run: Run) -> Run | None:
     """The run as it goes on in its folder, None if it has finished; raises UserError where another one lies there."""
     before = read_run(run.folder)
@@ -172,10 +186,12 @@ def _settled(run: Run) -> Run | None:
         return None if before.is_finished else run
     state = f"the finished run of {before.ended}" if before.left is not None else "an unfinished run"
     if set(found) <= set(LENGTH):
-        raise UserError(
-            f"{run.folder} holds {state}, and {in_words(found)}: its learning rate falls over the steps that were "
-            "planned, so with others it is another run. Train that one in a folder of its own: run_dir=…"
-        )
+        if why_not := _why_not_go_on(before, found):
+            raise UserError(
+                f"{run.folder} holds {state}, and {in_words(found)}: {why_not}. Train that one in a folder of its own: "
+                "run_dir=…"
+            )
+        return run
     raise UserError(
         f"{run.folder} holds {state} of another configuration: {in_words(found)}. "
         + (

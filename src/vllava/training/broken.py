@@ -92,7 +92,7 @@ class BrokenList:
     @property
     def place(self) -> str:
         """Where to look, as the end of a sentence."""
-        return f"all are listed in {self.path}" if self.path else "all are in Task.broken"
+        return f"all are listed in {self.path}" if self.path else "all are in Task.counts.broken"
 
     def start(self, step: int) -> None:
         """Drop what was written after `step`, from which a run resumes."""

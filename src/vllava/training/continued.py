@@ -34,8 +34,13 @@ class Continued:
         """Forget what is later than a step, if that can be done; returns the last step that is kept, 0 if none."""
         raise NotImplementedError
 
-    def show(self, rows: list[dict[str, Any]], step: int | None) -> None:
+    def show(self, rows: list[dict[str, Any]], step: int | None, name: str = "") -> None:
         """Show held-out samples, at a step or at the newest; nothing where a logger has no place for them."""
+
+    def conclude(self, figures: dict[str, float]) -> None:
+        """Keep figures of a run as a whole, which has no steps or is done with them."""
+        super().log_metrics(figures, 0)  # type: ignore[misc]
+        super().save()  # type: ignore[misc]
 
     def write(self, metrics: dict[str, Any], step: int | None) -> None:
         """Write one step's metrics to where they go; a logger that fails is given up, and training goes on."""

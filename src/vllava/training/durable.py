@@ -96,7 +96,7 @@ class Durable(L.Callback):
         try:
             weights = task.whole_weights()
             if trainer.is_global_zero:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(exist_ok=True)
                 self._write(task, weights, step)
                 if self.which.keep_best:
                     self._judge(step, trainer.callback_metrics)

@@ -35,8 +35,11 @@ class Generations:
         return self.folder / f"step-{step:08d}.part"
 
     def prepare(self) -> None:
-        """Make the folder, and room in it: what was not finished is removed. One process calls it, before a save."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Make the folder, and room in it: what was not finished is removed. One process calls it, before a save.
+
+        The folder it lies in has to be there: where that of a run is gone, so is the disk that it was on.
+        """
+        self.folder.mkdir(exist_ok=True)
         for path in self.folder.iterdir():
             if re.fullmatch(rf"{_NAME.pattern}(\.json)?\.part", path.name):
                 remove(path)
@@ -112,7 +115,7 @@ class Generations:
             path = self.folder / f"step-{step:08d}"
             _record_of(path).unlink(missing_ok=True)
             remove(path)
-        with suppress(FileNotFoundError):
+        if self.folder.is_dir():
             self.prepare()
         with suppress(OSError):
             self.folder.rmdir()

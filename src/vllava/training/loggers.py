@@ -25,6 +25,7 @@ from vllava.training.wandb_run import MODES, WandbSettings, open_run, stop_clien
 
 log = logging.getLogger(__name__)
 SAMPLES = "held_out_samples"
+COLUMNS = ("id", "group", "question", "answer", "truth", "correct", "state", "words")  # of a table, as far as there are
 
 
 def build(
@@ -137,17 +138,20 @@ class WandbRun(Continued, WandbLogger):
         numbered = metrics if step is None else {**metrics, "trainer/global_step": step}
         self.guarded(lambda: self.experiment.log(numbered, step=step))
 
-    def show(self, rows: list[dict[str, Any]], step: int | None) -> None:
+    def conclude(self, figures: dict[str, float]) -> None:
+        self.experiment.summary.update(figures)
+
+    def show(self, rows: list[dict[str, Any]], step: int | None, name: str = SAMPLES) -> None:
         import wandb
 
-        columns = ["frames", "question", "answer", "truth", "correct"]
+        columns = [column for column in COLUMNS if column in rows[0]]
         data = [
-            [wandb.Html("".join(f'<img src="{uri}">' for uri in row["pictures"])), *(row[c] for c in columns[1:])]
+            [wandb.Html("".join(f'<img src="{uri}">' for uri in row["pictures"])), *(row[c] for c in columns)]
             for row in rows
         ]
         if self.mode == "online" and step is not None and step <= self.last:
             step = None  # W&B drops what comes for a step that it has
-        self.experiment.log({SAMPLES: wandb.Table(columns=columns, data=data)}, step=step)
+        self.experiment.log({name: wandb.Table(columns=["frames", *columns], data=data)}, step=step)
 
 
 class _CsvWriter(ExperimentWriter):
@@ -223,13 +227,13 @@ class TensorBoardFiles(Continued, TensorBoardLogger):
         super().write(metrics, step)
         self.guarded(self.experiment.flush)  # or a kill loses two minutes
 
-    def show(self, rows: list[dict[str, Any]], step: int | None) -> None:
+    def show(self, rows: list[dict[str, Any]], step: int | None, name: str = SAMPLES) -> None:
         for number, row in enumerate(rows):
-            name = f"{SAMPLES}/{number}"
+            place = f"{name}/{number}"
             said = (f"**{part}** {row[part]}" for part in ("question", "answer", "truth"))
-            self.experiment.add_text(name, "\n\n".join(said), step)
+            self.experiment.add_text(place, "\n\n".join(said), step)
             if row["pictures"]:
-                self.experiment.add_image(name, _strip(row["pictures"]), step, dataformats="HWC")
+                self.experiment.add_image(place, _strip(row["pictures"]), step, dataformats="HWC")
         self.experiment.flush()
 
 
@@ -253,3 +257,18 @@ def log_samples(loggers: Logger | Iterable[Logger] | None, rows: list[dict[str, 
         if step is None or step > logger.held:
             now = step if step is not None or logger.trainer is None else logger.trainer.global_step
             logger.guarded(logger.show, rows, now)
+
+
+@rank_zero_only
+def log_evaluation(
+    loggers: Logger | Iterable[Logger] | None, name: str, figures: dict[str, float], rows: list[dict[str, Any]]
+) -> None:
+    """What an evaluation on a benchmark of that name found: its figures as those of the run as a whole, and samples.
+
+    rows: as for `log_samples`, each with the same of COLUMNS.
+    """
+    for logger in [loggers] if isinstance(loggers, Logger) else loggers or []:
+        if isinstance(logger, Continued):
+            logger.guarded(logger.conclude, {f"{name}/{key}": value for key, value in figures.items()})
+            if rows:
+                logger.guarded(logger.show, rows, None, f"{name}/samples")

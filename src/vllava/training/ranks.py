@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from vllava.errors import UserError, reason
 from vllava.stops import CODES, Stopped, Stops, die_with_parent, say
 
 PATIENCE = 5.0  # seconds in which the first process is to notice by itself that another has ended
+LAUNCHER = "VLLAVA_LAUNCHER"  # in the environment of the other processes: the first one's number
 _AGAIN = "Start the same command again: it goes on from what was saved."
 
 
@@ -31,6 +34,7 @@ class Ranks:
     def __init__(self, trainer: L.Trainer, stops: Stops) -> None:
         self.stops, self.ended = stops, dict[int, int]()
         self.over = False
+        os.environ[LAUNCHER] = str(os.getpid())  # before it starts them
         launcher: Any = trainer.strategy.launcher
         if isinstance(getattr(launcher, "procs", None), list):
             started = getattr(launcher, "num_processes", 1) - 1
@@ -94,8 +98,29 @@ def end_with_launcher(job: str) -> None:
     """
     if job.startswith("train_ddp_process_"):
         die_with_parent(signal.SIGKILL)  # alone, without the first process, it could not even save
+        if os.environ.get(LAUNCHER) not in (None, str(os.getppid())):  # it ended before it could be waited for
+            sys.exit(1)
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(signal.SIGTERM)
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            meet_anew()
+
+
+def meet_anew() -> None:
+    """Have the processes that torchrun started again meet at a store of their own.
+
+    In torchrun's own, which it keeps, lie the addresses of those that have ended: whoever reads one before it has been
+    replaced waits for ever, or fails (torch 2.13).
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept = torch.distributed.TCPStore(host, port, is_master=False)
+    key = f"vllava/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    if os.environ["RANK"] == "0":
+        with socket.socket() as free:
+            free.bind(("", 0))
+            kept.set(key, str(free.getsockname()[1]))
+    os.environ["MASTER_PORT"] = kept.get(key).decode()  # waits for it
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
 def _explained(error: OSError | RuntimeError, ranks: Ranks, stops: Stops) -> UserError | None:

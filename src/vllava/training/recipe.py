@@ -4,24 +4,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
-from vllava.checks import NotNegative, Positive, Share, ShareBelowOne
+from vllava.checks import NotNegative, OneOf, Positive, Share, ShareBelowOne, Whole
 from vllava.errors import UserError
+
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a task optimises: AdamW with cosine decay (paper, Table 7 and section 4.1.3)."""
+    """How a task optimises: AdamW with cosine decay (paper, Table 7 and section 4.1.3).
+
+    schedule: of the learning rate after its warm-up; a constant one does not depend on how many steps are planned, so a
+    run may be given more of them later. warmup_steps: in place of warmup_ratio, which is a share of the planned ones.
+    """
 
     lr: Positive
     lr_of: dict[str, Positive] = field(default_factory=dict)  # of what `trained` names, where it is another
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "cosine"
     warmup_ratio: Share = 0.03
+    warmup_steps: Whole | None = None
     weight_decay: NotNegative = 0.0
     betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
     clip_norm: Positive = 1.0
+
+    def scheduler(self, optimizer: Optimizer, steps: int) -> LambdaLR:
+        """The learning rate of each of a run's planned steps."""
+        warmup = int(steps * self.warmup_ratio) if self.warmup_steps is None else self.warmup_steps
+        if self.schedule == "constant":
+            return get_constant_schedule_with_warmup(optimizer, warmup)
+        return get_cosine_schedule_with_warmup(optimizer, warmup, steps)
 
 
 def freeze_all_but(model: nn.Module, trained: list[str]) -> dict[str, int]:

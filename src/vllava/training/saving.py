@@ -33,12 +33,16 @@ class SaveToResume(L.Callback):
     """Saves what is needed to resume every few minutes, and when the run is asked to stop, after a whole step.
 
     All processes do what one wants: they can only save together, a signal may miss some, and clocks differ. A strategy
-    that has `save_in_background(checkpoint, path) -> Future` writes while the next steps are taken.
+    that has `save_in_background(checkpoint, path) -> Future` writes while the next steps are taken. keep_last: also
+    save after the last step, for a run that may be given more of them.
     """
 
-    def __init__(self, generations: Generations, minutes: float, stops: Stops | None = None) -> None:
+    def __init__(
+        self, generations: Generations, minutes: float, stops: Stops | None = None, keep_last: bool = False
+    ) -> None:
         self.generations = generations
         self.seconds = 60 * minutes
+        self.keep_last = keep_last
         self.stops = stops or Stops(120)
         self.saved_step = -1
         self.writing: Future | None = None  # this process's part
@@ -59,8 +63,10 @@ class SaveToResume(L.Callback):
         self.stops.claim()
         self.stops.waits = True
 
-    def on_train_batch_end(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
-        due = time.monotonic() - self.saved_at >= self.seconds
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, *_: Any) -> None:
+        # The last state is saved here as well: when Lightning ends an epoch that was cut short, it takes it for whole.
+        last = self.keep_last and (trainer.should_stop or trainer.global_step >= task.planned_steps())
+        due = last or time.monotonic() - self.saved_at >= self.seconds
         stop, due, writing = self._agreed(trainer, due)
         if self.writing and (not writing or due or stop):
             self._all_written(trainer)

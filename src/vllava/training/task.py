@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import get_cosine_schedule_with_warmup
 
 from vllava.batch import MediumSpec, Step
 from vllava.checks import OneOf, Share
@@ -22,25 +21,12 @@ from vllava.errors import UserError
 from vllava.model.device import computes_in_bf16
 from vllava.model.sharding import gathered
 from vllava.training.broken import BrokenLimit, BrokenList
+from vllava.training.counts import Counts
 from vllava.training.finite import ACTIONS, OnNan, described
 from vllava.training.recipe import Recipe, freeze_all_but, parameter_groups
 from vllava.training.strategies import DeepSpeed
 
 log = logging.getLogger(__name__)
-
-KEPT = 100  # broken samples in memory and in checkpoints
-_COUNTS = (
-    "broken",
-    "samples_seen",
-    "samples_broken",
-    "turns_dropped",
-    "broken_by_shard",
-    "drawn",
-    "tokens_seen",
-    "skipped",
-    "skipped_in_a_row",
-    "scaler_skips",
-)  # what a checkpoint keeps of them
 
 __all__ = ["Recipe", "Task", "freeze_all_but"]
 
@@ -73,22 +59,14 @@ class Task(L.LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # frozen weights are not in the checkpoints
         self.trained = freeze_all_but(model, trained)
-        self.broken: list[tuple[str, str]] = []  # (key, reason) of the first of them, of all ranks
         self.broken_list = BrokenList()  # of all; a run gives it a file
         self.sharded = False
         self.whole: dict[str, Tensor] = {}  # when training has ended, the weights of a model that was shared out
-        # By all ranks together; samples that were seen include the broken ones.
-        self.samples_seen = self.samples_broken = self.turns_dropped = 0
-        self.broken_by_shard: dict[str, int] = {}
+        self.counts = Counts()
         self.sources: list[str] = []  # of the data, by their number
-        self.drawn: list[int] = []  # samples of each
         self.seed = torch.initial_seed()
-        self.tokens_seen = 0
         self.totals: dict[str, float] = {}  # of the last step, over all ranks: samples, tokens, terms, flops
         self.seconds_aside = 0.0  # since the last step, on what is not training: whoever takes them adds them
-        self.skipped: list[dict[str, Any]] = []  # steps that changed nothing: their loss or gradient was not finite
-        self.skipped_in_a_row = 0
-        self.scaler_skips = 0  # steps in float16 that its scaler left out, to scale the next ones less
         self._losses: list[Tensor] = []  # of the micro-batches of the step
         self._read: tuple[float, float] = (0.0, 0.0)  # its loss and gradient norm over all ranks
 
@@ -175,7 +153,12 @@ class Task(L.LightningModule):
     def on_train_start(self) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
         self.sources = list(getattr(data, "sources", []))
-        self.drawn = self.drawn or [0] * len(self.sources)
+        self.counts.drawn = self.counts.drawn or [0] * len(self.sources)
+        if self.global_step > self.planned_steps():
+            raise UserError(
+                f"This run has taken {self.global_step} steps already, and {self.planned_steps()} are planned now: "
+                "raise trainer.max_steps or trainer.max_epochs, or train a shorter one elsewhere: run_dir=…"
+            )
         self.model.train()  # models come from disk in evaluation mode, and Lightning leaves modes as they are
         if self.trainer.is_global_zero:
             self.broken_list.start(self.global_step)
@@ -215,8 +198,8 @@ class Task(L.LightningModule):
         terms, samples, broken, dropped, tokens = map(int, counted[:5])
         self._require_whole(samples)
         self._count_samples(step, samples, broken, dropped)
-        self.drawn = [before + int(now) for before, now in zip(self.drawn, counted[6:], strict=True)]
-        self.tokens_seen += tokens
+        self.counts.drawn = [n + int(more) for n, more in zip(self.counts.drawn, counted[6:], strict=True)]
+        self.counts.tokens_seen += tokens
         self.totals = {"terms": terms, "samples": samples, "tokens": tokens, "flops": counted[5] * 1e12}
         return summed[0].clamp(min=1)
 
@@ -229,7 +212,8 @@ class Task(L.LightningModule):
             optimizer.step()
             norm = float(self.trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0)
             if self._half and not math.isfinite(norm):  # left out by its own scaler
-                self._read, self.scaler_skips = (float(loss), norm), self.scaler_skips + 1
+                self._read = float(loss), norm
+                self.counts.scaler_skips += 1
             else:
                 self._judge(float(loss), norm)
         else:
@@ -266,20 +250,20 @@ class Task(L.LightningModule):
         """Whether a step may be taken; raises UserError, on all ranks, where it ends the run."""
         self._read = loss, norm
         if math.isfinite(loss) and math.isfinite(norm):
-            self.skipped_in_a_row = 0
+            self.counts.skipped_in_a_row = 0
             return True
         if math.isfinite(loss) and self._scaler is not None and self._scaler.get_scale() > 1:
-            self.scaler_skips += 1  # the scaler has found it too, and scales the next step less
+            self.counts.scaler_skips += 1  # the scaler has found it too, and scales the next step less
             return False
         suspects, everything = described(self._current[0], self._losses)
         suspects = self._of_all_ranks(suspects) if not math.isfinite(loss) else []
         keys = suspects or self._of_all_ranks(everything)
         what = "The samples of the micro-batches with such a loss" if suspects else "The samples of the step"
         event = {"step": self.global_step + 1, "loss": loss, "gradient_norm": norm, "what": what, "keys": keys}
-        in_a_row = self.skipped_in_a_row + 1
-        self.on_nan.require(event, len(self.skipped) + 1, in_a_row, self._planned_steps(), self._half)
-        self.skipped.append(event)
-        self.skipped_in_a_row = in_a_row
+        in_a_row = self.counts.skipped_in_a_row + 1
+        self.on_nan.require(event, len(self.counts.skipped) + 1, in_a_row, self.planned_steps(), self._half)
+        self.counts.skipped.append(event)
+        self.counts.skipped_in_a_row = in_a_row
         if self.trainer.is_global_zero:
             log.warning("step %d skipped: loss %g, gradient norm %g; see metrics.json", event["step"], loss, norm)
         return False
@@ -296,8 +280,8 @@ class Task(L.LightningModule):
         scheduler.step()
         self._log("loss", loss, prog_bar=True)
         self._log("gradient_norm", norm, prog_bar=True)
-        self._log("tokens_seen", self.tokens_seen)
-        self._log("samples_seen", self.samples_seen)
+        self._log("tokens_seen", self.counts.tokens_seen)
+        self._log("samples_seen", self.counts.samples_seen)
 
     def _log(self, name: str, value: float, prog_bar: bool = False) -> None:
         self.log(name, torch.tensor(value, dtype=torch.float64), prog_bar=prog_bar)
@@ -306,22 +290,19 @@ class Task(L.LightningModule):
         """A checkpoint to resume from holds trained weights only."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in trained}
-        checkpoint |= {name: getattr(self, name) for name in _COUNTS}
+        checkpoint |= self.counts.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for name in _COUNTS:
-            setattr(self, name, checkpoint.get(name, getattr(self, name)))
+        self.counts.load(checkpoint)
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe
         groups = parameter_groups(self.model, recipe, self.trained)
         self._groups = [group.pop("name") for group in groups]
         optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
-        steps = self._planned_steps()
-        schedule = get_cosine_schedule_with_warmup(optimizer, int(steps * recipe.warmup_ratio), steps)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return {"optimizer": optimizer, "lr_scheduler": recipe.scheduler(optimizer, self.planned_steps())}
 
-    def _planned_steps(self) -> int:
+    def planned_steps(self) -> int:
         """Optimiser steps of the whole run, epochs and `max_steps` considered."""
         trainer: Any = self.trainer
         data: Any = getattr(trainer, "datamodule", None)
@@ -340,7 +321,7 @@ class Task(L.LightningModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "steps_per_epoch"):
             return None
-        epochs, rest = divmod(self._planned_steps(), data.steps_per_epoch)
+        epochs, rest = divmod(self.planned_steps(), data.steps_per_epoch)
         return epochs * data.samples_per_epoch + rest * data.global_batch
 
     def _require_whole(self, samples: int) -> None:
@@ -364,24 +345,22 @@ class Task(L.LightningModule):
 
     def _count_samples(self, step: Step, samples: int, broken: int, dropped: int) -> None:
         """Add a step's samples over all ranks; raises UserError, on all of them, when too many are broken."""
-        before = self.samples_broken
-        self.samples_seen += samples
-        self.samples_broken += broken
-        self.turns_dropped += dropped
+        counts = self.counts
+        before = counts.samples_broken
+        counts.samples_seen += samples
+        counts.samples_broken += broken
+        counts.turns_dropped += dropped
         if not broken:
             return
         found = self._of_all_ranks([(key, why, step.tracebacks.get(key, "")) for key, why in step.broken])
-        self.broken += [(key, why) for key, why, _ in found][: max(KEPT - len(self.broken), 0)]
+        counts.add_broken([(key, why) for key, why, _ in found])
         if self.trainer.is_global_zero:
             self.broken_list.add(self.global_step + 1, found, before)
-        for key, _, _ in found:
-            shard = key.rpartition(":")[0]
-            self.broken_by_shard[shard] = self.broken_by_shard.get(shard, 0) + 1
         limit = BrokenLimit(self.max_broken_share, self._planned_samples(), self._mixed_shards())
-        if rule := limit.exceeded(self.samples_broken, self.samples_seen, self.broken_by_shard):
+        if rule := limit.exceeded(counts.samples_broken, counts.samples_seen, counts.broken_by_shard):
             key, why, _ = found[-1]
             raise UserError(
-                f"{self.samples_broken} of the first {self.samples_seen} samples are broken: {rule}. The last one: "
+                f"{counts.samples_broken} of the first {counts.samples_seen} samples are broken: {rule}. The last one: "
                 f"{key}: {why}; {self.broken_list.place}. Mend or remove them, or raise the limit if leaving them out "
                 "is what you want."
             )
@@ -396,14 +375,8 @@ class Task(L.LightningModule):
 
     def facts(self) -> dict[str, Any]:
         """What a run's figures say about its samples, with a warning if more were broken than the limit allows."""
-        seen, broken = self.samples_seen, self.samples_broken
-        facts: dict[str, Any] = {"samples": seen, "broken": broken, "dropped_first_turns": self.turns_dropped}
-        if self.skipped:
-            facts["skipped_steps"] = self.skipped
-        if self.scaler_skips:
-            facts["scaler_skips"] = self.scaler_skips
-        if len(self.sources) > 1:
-            facts["mixture"] = dict(zip(self.sources, self.drawn, strict=True))
+        seen, broken = self.counts.samples_seen, self.counts.samples_broken
+        facts = self.counts.facts(self.sources)
         if broken > self.max_broken_share * seen:
             facts["warning"] = (
                 f"{broken} of {seen} samples ({broken / seen:.2%}) were broken and left out, more than "

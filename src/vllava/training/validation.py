@@ -93,7 +93,7 @@ class Validation(L.Callback):
         turns = torch.tensor(len(self.rows), device=task.device)
         self.turns = int(trainer.strategy.reduce(turns, reduce_op="max"))
         self._require_loss(trainer, task)
-        self.end = task._planned_steps()
+        self.end = task.planned_steps()
         trainer.should_stop = trainer.should_stop or self.stopped is not None
 
     def _require_loss(self, trainer: L.Trainer, task: Task) -> None:

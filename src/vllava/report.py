@@ -1,0 +1,84 @@
+"""`python -m vllava.report`: results of any number of evaluations as the paper's tables, beside its figures."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vllava.commands import Parser
+from vllava.data.writing import appearing
+from vllava.errors import UserError, reason, stop
+from vllava.evaluation.comparison import find_results
+from vllava.evaluation.layout import Table, as_html, as_json, as_markdown, as_text
+from vllava.evaluation.paper_tables import against, tables_of
+
+Format = Callable[[Sequence[Table], Sequence[str]], str]
+FILE_WIDTH = 160  # of a text that goes to no terminal
+FORMATS: dict[str, Format] = {
+    "text": lambda tables, remarks: as_text(tables, remarks, _width()),
+    "markdown": as_markdown,
+    "json": as_json,
+    "html": as_html,
+}
+
+
+def laid_out(paths: Sequence[str | Path], baseline: str | Path | None = None) -> tuple[list[Table], list[str]]:
+    """The tables of all results in files and folders, and what is to be said below them.
+
+    Raises UserError where there are none, or where one cannot be read.
+    """
+    found = find_results(paths)
+    tables, remarks = tables_of(found)
+    if baseline is not None:
+        others = find_results([baseline])
+        if len(others) > 1:
+            listed = ", ".join(str(one.path) for one in others)
+            raise UserError(f"--baseline is one result; in {baseline} there are {len(others)}: {listed}.")
+        tables.append(against(found, others[0]))
+    return tables, remarks
+
+
+def write(path: Path, text: str) -> None:
+    """Write what a report says, whole or not at all; raises UserError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(path) as part:
+            part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({reason(error)}). Choose another place with --out.") from error
+
+
+def _width() -> int:
+    return shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else FILE_WIDTH
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(
+        "python -m vllava.report",
+        "Results of evaluations as the paper's Tables 2, 3 and 4, beside the paper's figures. What keeps a figure from "
+        "being compared stands in a note; figures of different judges stand in columns of their own.",
+        "outputs/runs/evaluate-* --format markdown --out tables.md",
+    )
+    parser.add_argument(
+        "results", nargs="+", metavar="RESULT", help="a result.json, or a folder that is searched for them at any depth"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="text", help="how it is written (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write it there, instead of on the screen")
+    parser.add_argument(
+        "--baseline", metavar="RESULT", help="a result that the others of its benchmark are tested against, in pairs"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        text = FORMATS[options.format](*laid_out(options.results, options.baseline))
+        if options.out:
+            write(options.out, text)
+    except UserError as error:
+        stop(error)
+    print(f"written to {options.out}" if options.out else text.rstrip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
