@@ -18,15 +18,17 @@ from vllava.data.build import DecoderName, Template, conversation_packer, sample
 from vllava.data.datamodule import Workers
 from vllava.data.patience import Remote
 from vllava.errors import UserError
+from vllava.evaluation import results
 from vllava.evaluation.benchmark import Benchmark
 from vllava.evaluation.benchmarks.held_out import HeldOut
 from vllava.evaluation.blocks import blind
 from vllava.evaluation.generate import Asking, answer
-from vllava.evaluation.outcome import keep, write_exports, write_held_out, write_scores
+from vllava.evaluation.outcome import Asked, figures_of, keep, write_exports, write_held_out, write_result_of
 from vllava.evaluation.predictions import Predictions
 from vllava.evaluation.questions import Answer, Question
 from vllava.folders import sha256_of
 from vllava.model.checkpoint import LLM, PROJECTOR, Description, load
+from vllava.model.device import computes_in_bf16
 from vllava.model.files import Checkpoint
 from vllava.model.finding import Folders
 
@@ -83,9 +85,10 @@ def evaluate(
     require_questions(benchmark, questions, list(model.specs))
     asking = Asking(model, packer, decode, max_new_tokens or benchmark.max_new_tokens, batch_size, workers)
     judging = judge() if judge is not None and needs_judge(benchmark, questions) else None
+    parts = fingerprint(Path(checkpoint), description)
     how = {
         "benchmark": benchmark.name,
-        "checkpoint": fingerprint(Path(checkpoint), description),
+        "checkpoint": parts,
         "template": template or benchmark.template or description.template,
         "max_new_tokens": asking.max_new_tokens,
         "frames": {kind: spec.frames for kind, spec in model.specs.items()},
@@ -101,12 +104,33 @@ def evaluate(
         return {}
     say_broken(benchmark, seen)
     write_exports(benchmark, seen, folder)
+    frames = max((spec.frames for kind, spec in model.specs.items() if kind == "video"), default=None)
+    said = results.Asking(
+        str(how["template"]),
+        asking.max_new_tokens,
+        frames,
+        description.frame_sampling,
+        description.image_fit,
+        "bf16" if computes_in_bf16() else "fp32",
+    )
+    asked = Asked(benchmark, seen, unseen, said, model_of(checkpoint, description, parts), decode)
+    seconds = round(time.time() - started, 1)
+    result = write_result_of(asked, folder, judging, Path(runs or run_dir) / REPLIES, seconds)
     if isinstance(benchmark, HeldOut):
         curves = {name: Path(path) for name, path in (plots or {}).items()}
         metrics = write_held_out(benchmark, seen, unseen, folder, checkpoint, decode, shown, curves)
     else:
-        metrics = write_scores(benchmark, seen, unseen, folder, judging, Path(runs or run_dir) / REPLIES)
-    return keep({**metrics, "seconds": round(time.time() - started, 1)}, folder)
+        metrics = {"benchmark": benchmark.name, "scores": figures_of(result)}
+    return keep({**metrics, "seconds": seconds}, folder)
+
+
+def model_of(path: str, description: Description, parts: Mapping[str, str]) -> results.Model:
+    """What was asked, as a result names it."""
+    video = description.encoders.get("video")
+    plain = video is not None and video.get("temporal") is False  # what the port alone has
+    origin = "port" if plain else "original" if description.origin else "vllava"
+    whole = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return results.Model(path, whole, origin, None if video is None else not plain)
 
 
 def needs_judge(benchmark: Benchmark, questions: Sequence[Question]) -> bool:

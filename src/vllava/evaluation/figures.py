@@ -8,12 +8,12 @@ from types import MappingProxyType
 from vllava.evaluation.answers import Answer
 from vllava.evaluation.report import KINDS
 
-Asked = dict[str, dict[str, tuple[list[Answer], list[Answer]]]]  # medium -> source -> (with the medium, blind)
+Sources = dict[str, dict[str, tuple[list[Answer], list[Answer]]]]  # medium -> source -> (with the medium, blind)
 Groups = Mapping[str, Sequence[str]]  # name -> types of questions
 NONE: Groups = MappingProxyType({})
 
 
-def figures(asked: Asked, groups: Groups = NONE) -> dict:
+def figures(asked: Sources, groups: Groups = NONE) -> dict:
     """The summary of each medium, of its sources and of its question types and groups of them."""
     metrics: dict = {}
     by_type: dict[str, dict] = {}

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vllava.data.samples import SampleDecoder
+from vllava.data.samples import Medium, Sample, SampleDecoder
 from vllava.data.writing import write_json
 from vllava.errors import UserError
 from vllava.evaluation import answers as old
-from vllava.evaluation.benchmark import Benchmark, Metric, Row
+from vllava.evaluation.answers import pictures
+from vllava.evaluation.benchmark import Benchmark
 from vllava.evaluation.benchmarks.held_out import HeldOut, in_words, sample_of
-from vllava.evaluation.figures import Asked, figures, table
+from vllava.evaluation.blocks import decoded
+from vllava.evaluation.figures import Sources, figures, table
+from vllava.evaluation.judges.asking import Judged
 from vllava.evaluation.questions import Answer, Verdict
 from vllava.evaluation.report import KINDS, MATCH, sample_rows, write_report
+from vllava.evaluation.result_files import write_result
+from vllava.evaluation.result_page import chosen, thumbnail, write_result_page
+from vllava.evaluation.results import Asking, Model, Result, counted, judge_of, result_of
+from vllava.model.device import device_name
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +46,7 @@ def write_held_out(
 ) -> dict:
     """Write metrics.json, answers.jsonl and report.html, and print a table."""
     found, blind = ([in_words(answer) for answer in answers] for answers in (seen, unseen))
-    asked: Asked = {}
+    asked: Sources = {}
     for number, (answer, plain) in enumerate(zip(seen, found, strict=True)):
         part = asked.setdefault(plain.medium, {}).setdefault(answer.question.about["source"], ([], []))
         part[0].append(plain)
@@ -72,47 +80,124 @@ def _shown(
     return rows
 
 
-def write_scores(
-    benchmark: Benchmark, seen: Sequence[Answer], unseen: Sequence[Answer], folder: Path, judge: Any, replies: Path
-) -> dict:
-    """The figures of a benchmark by the parts of it, beside those of the blind where all was asked so too.
+@dataclass(frozen=True)
+class Asked:
+    """All that was asked of a checkpoint, and what it answered: with the media and, if that was wanted, without."""
 
-    Metric -> part ("" is the whole) -> value, None where it is not defined. replies: the folder of what judges said.
+    benchmark: Benchmark
+    seen: Sequence[Answer]
+    unseen: Sequence[Answer]
+    asking: Asking
+    checkpoint: Model
+    decode: SampleDecoder
+
+
+def write_result_of(asked: Asked, folder: Path, judge: Any, replies: Path, seconds: float) -> Result | None:
+    """Have the answers judged and scored, and write result.json; None where nobody judges what needs a judge.
+
+    For whatever is no held-out sample, report.html too. replies: the folder of what judges said.
     """
-    metrics: dict[str, Any] = {
-        "benchmark": benchmark.name,
-        "questions": {"expected": len(seen), "broken": sum(answer.text is None for answer in seen)},
+    benchmark = asked.benchmark
+    judged = [_judged(benchmark, answers, judge, replies) for answers in (asked.seen, asked.unseen)]
+    if judged[0] is None:
+        print(f"{benchmark.name}: nobody judged its answers, so there are no figures: predictions alone", flush=True)
+        return None
+    verdicts = judged[0].verdicts
+    result, draws = result_of(
+        benchmark,
+        [answer.question for answer in asked.seen],
+        asked.seen,
+        benchmark.rows(asked.seen, verdicts),
+        asking=asked.asking,
+        checkpoint=asked.checkpoint,
+        verdicts=verdicts,
+        judge=judge_of(judged[0].about) if judged[0].about else None,
+        blind_rows=benchmark.rows(asked.unseen, judged[1].verdicts) if asked.unseen and judged[1] else None,
+        device=device_name(),
+        date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        seconds=seconds,
+        warnings=judged[0].warnings,
+    )
+    for warning in judged[0].warnings:
+        log.warning("%s: %s", benchmark.name, warning)
+    write_result(folder, result, draws)
+    if not isinstance(benchmark, HeldOut):
+        write_result_page(folder, result, samples(asked, verdicts))
+        print(lines(result))
+    return result
+
+
+def _judged(benchmark: Benchmark, answers: Sequence[Answer], judge: Any, replies: Path) -> Judged | None:
+    """What the judge found, about nothing where it is not asked; None where it has to be and finds nothing."""
+    requests = benchmark.requests(answers)
+    if not requests:
+        return Judged({}, {})
+    found = judge.judge(requests, replies) if judge is not None else None
+    return found if found is not None and found.verdicts else None
+
+
+def samples(asked: Asked, verdicts: Mapping[str, Verdict]) -> list[dict[str, Any]]:
+    """What the page shows of some of the questions; their media are decoded once more."""
+    judged = [[verdicts.get(one.id) for one in asked.benchmark.requests([answer])] for answer in asked.seen]
+    states = [_state(asked.benchmark, *pair, verdicts) for pair in zip(asked.seen, judged, strict=True)]
+    return [_sample(asked, asked.seen[n], states[n], judged[n]) for n in chosen(states)]
+
+
+def _state(
+    benchmark: Benchmark, answer: Answer, judged: Sequence[Verdict | None], verdicts: Mapping[str, Verdict]
+) -> str:
+    """Whether an answer is right, as far as one answer can be: by the headline, where that is a share of them."""
+    if answer.text is None:
+        return "broken"
+    if any(verdict is None or verdict.values is None for verdict in judged):
+        return "unjudged"
+    rows = benchmark.rows([answer], verdicts)
+    metric = next((one for one in benchmark.metrics if one.headline and one.scale == 100.0), None)
+    if not rows or metric is None:
+        return "unscored"
+    means = (np.array([np.mean([row.values.get(column, 0.0) for row in rows])]) for column in metric.columns)
+    value = float(metric.of(*means)[0])
+    return "unscored" if np.isnan(value) else "right" if value >= 0.5 else "wrong"
+
+
+def _sample(asked: Asked, answer: Answer, state: str, judged: Sequence[Verdict | None]) -> dict[str, Any]:
+    question = answer.question
+    words = "; ".join(verdict.reply for verdict in judged if verdict is not None and verdict.reply)
+    media = [] if state == "broken" else [decoded(medium, asked.decode) for medium in question.media]
+    shown = Sample(question.id, list(question.conversation), [one for one in media if isinstance(one, Medium)])
+    return {
+        "id": question.id,
+        "group": str(question.about.get("category") or question.about.get("type") or ""),
+        "question": question.prompt,
+        "answer": answer.text,
+        "truth": question.truth,
+        "state": state,
+        "words": answer.broken or words,
+        "pictures": [thumbnail(picture) for picture in pictures(shown, frames=4)],
     }
-    for name, answers in (("scores", seen), ("blind", unseen)):
-        requests = benchmark.requests(answers)
-        verdicts: dict[str, Verdict] = {}
-        if requests and judge is not None:
-            judged = judge.judge(requests, replies)
-            verdicts = judged.verdicts
-            for warning in judged.warnings:
-                log.warning("%s: %s", benchmark.name, warning)
-        if requests and not verdicts:
-            print(
-                f"{benchmark.name}: its answers are for a judge, and nobody judged them: predictions alone", flush=True
-            )
-        elif answers:
-            metrics[name] = scores(benchmark.rows(answers, verdicts), benchmark.metrics)
-    for metric in benchmark.metrics:
-        shown = (metrics.get(name, {}).get(metric.name, {}).get("") for name in ("scores", "blind"))
-        value, blind = ("-" if one is None else f"{one:.2f}" for one in shown)
-        print(f"{benchmark.name:24}{metric.name:24}{value:>10}{'   blind ' + blind if unseen else ''}")
-    return metrics
 
 
-def scores(rows: Sequence[Row], metrics: Sequence[Metric]) -> dict[str, dict[str, float | None]]:
-    parts = dict.fromkeys(["", *(group for row in rows for group in row.groups)])
-    found: dict[str, dict[str, float | None]] = {}
-    for metric in metrics:
-        for part in parts:
-            own = [row for row in rows if not part or part in row.groups]
-            values = [[row.values.get(column, 0.0) for row in own] or [np.nan] for column in metric.columns]
-            value = float(metric.of(*map(np.mean, values))) * metric.scale
-            found.setdefault(metric.name, {})[part] = None if np.isnan(value) else round(value, 4)
+def lines(result: Result) -> str:
+    """The figures of the whole benchmark as a text table, with their intervals and beside those of the blind."""
+    blind = {score.metric: score.value for score in result.blind if not score.group}
+    found = [f"{result.benchmark:28}{'':>8}{'95 %':>18}{'blind' if blind else '':>9}"]
+    for score in result.scores:
+        if not score.group:
+            spread = f"{_text(score.low)} to {_text(score.high)}"
+            beside = _text(blind[score.metric]) if score.metric in blind else ""
+            found.append(f"  {score.metric:26}{_text(score.value):>8}{spread:>18}{beside:>9}")
+    return "\n".join([*found, *counted(result)])
+
+
+def _text(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.2f}"
+
+
+def figures_of(result: Result | None) -> dict[str, Any]:
+    """The figures for metrics.json: metric -> part ("" is the whole) -> value, None where it is not defined."""
+    found: dict[str, Any] = {}
+    for score in result.scores if result else []:
+        found.setdefault(score.metric, {})[score.group] = None if np.isnan(score.value) else round(score.value, 4)
     return found
 
 
