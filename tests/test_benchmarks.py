@@ -7,10 +7,11 @@ import signal
 import time
 
 import pytest
+import warm
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from shard_fixtures import image_sample, jpeg, talk, video_sample, write_source
-from test_config import assert_one_paragraph, composed, starter, train, train_py  # noqa: F401
+from test_config import assert_one_paragraph, composed, train  # noqa: F401
 
 from data_prep.shards import write_manifest
 from vllava.chain import run_benchmarks
@@ -199,22 +200,21 @@ def test_a_benchmark_that_fails_is_named_at_the_end_and_asked_again_alone(monkey
     assert list(found["benchmarks"]) == ["first", "second", "third"] and found["seconds"] == 6.0
 
 
-def test_an_evaluation_that_is_stopped_ends_after_a_block_and_goes_on(train, starter, checkpoint, tmp_path):  # noqa: F811
+def test_an_evaluation_that_is_stopped_ends_after_a_block_and_goes_on(train, checkpoint, tmp_path):  # noqa: F811
     write_source(tmp_path / "s", [image_sample(f"k{n}", n) for n in range(60)], per_shard=60)
     given = ["+experiment=evaluate", f"checkpoint={checkpoint}", "trainer=single", "evaluation.batch_size=1"]
     given += [f"data.held_out.image=[{tmp_path / 's'}]", "evaluation.workers=0", "evaluation.max_new_tokens=20"]
     assert train(*given, f"run_dir={tmp_path / 'whole'}")[0] == 0
     stopped = tmp_path / "stopped"
     arguments = [*given, f"run_dir={stopped}", "logger=none", f"runs={tmp_path / 'elsewhere'}"]
-    process = starter.Process(target=train_py, args=(tmp_path, arguments))
-    process.start()
+    process = warm.Started(arguments, tmp_path / "log")
     part = stopped / "predictions" / "part-0.jsonl"
-    while process.is_alive() and not (part.exists() and part.stat().st_size):
+    while process.poll() is None and not (part.exists() and part.stat().st_size):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(60)
-    assert process.exitcode == 143 and part.read_bytes().endswith(b"\n")
-    assert "stopped by SIGTERM. All answers that were given are kept" in (tmp_path / "stderr").read_text()
+    code, _, told = process.end(60)
+    assert code == 143 and part.read_bytes().endswith(b"\n")
+    assert "stopped by SIGTERM. All answers that were given are kept" in told
     assert train(*arguments)[0] == 0
     for name in ("predictions.jsonl", "blind.jsonl", "answers.jsonl"):
         assert (stopped / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
