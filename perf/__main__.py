@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from perf import (
     ablation,
+    answering,
     balance,
     data,
     decoding,
@@ -37,6 +38,7 @@ _MODULES = (
     decoding,
     end_to_end,
     generation,
+    answering,
     memory,
     scaling,
     sharded,

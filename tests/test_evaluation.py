@@ -7,14 +7,16 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from shard_fixtures import SPECS, TOKENIZER, image_sample, jpeg, talk, text_sample, video_sample, write_source
+from omegaconf import OmegaConf
+from shard_fixtures import ROOT, SPECS, TOKENIZER, image_sample, jpeg, talk, text_sample, video_sample, write_source
 
 from data_prep import toy_language
 from vllava.data.build import conversation_packer, sample_decoder
 from vllava.data.packing import pack
 from vllava.errors import UserError
 from vllava.evaluation.answers import Answer, answer_all, ask, check_rows, normalise, pictures, read_samples
-from vllava.evaluation.evaluate import TEMPORAL_TYPES, evaluate, summary, table, types
+from vllava.evaluation.evaluate import evaluate
+from vllava.evaluation.figures import summary, table, types
 from vllava.evaluation.report import sample_rows, write_report
 from vllava.model.build import fresh_llm, video_llava
 
@@ -79,7 +81,7 @@ def test_types_are_counted_apart_and_temporal_ones_also_together():
         answer("a", "a", "order", ("a", "b")),
     ]
     blind = [answer("red"), answer("red"), *(answer("", "x", a.type, a.options) for a in found[2:])]
-    assert types(found, blind) == {
+    assert types(found, blind, {"temporal": ["direction", "order"]}) == {
         "colour": {"accuracy": 0.5, "blind": 1.0, "chance": 0.5, "n": 2},
         "direction": {"accuracy": 0.5, "blind": 0.0, "chance": 0.25, "n": 2},
         "order": {"accuracy": 1.0, "blind": 0.0, "chance": 0.5, "n": 1},
@@ -88,11 +90,12 @@ def test_types_are_counted_apart_and_temporal_ones_also_together():
 
 
 def test_no_temporal_line_without_temporal_questions():
-    assert list(types([answer()], [answer()])) == ["colour"]
+    assert list(types([answer()], [answer()], {"temporal": ["order"]})) == ["colour"]
 
 
 def test_temporal_types_are_those_of_the_toy_world():
-    assert set(TEMPORAL_TYPES) == set(toy_language.TEMPORAL_TYPES)
+    toy = OmegaConf.load(ROOT / "conf" / "experiment" / "evaluate.yaml").toy
+    assert set(toy.benchmark.groups.temporal) == set(toy_language.TEMPORAL_TYPES)
 
 
 def metrics_of(found, blind):
@@ -331,7 +334,7 @@ def test_an_odd_row_of_the_last_source_is_named_before_the_first_is_asked(checkp
     odd = ("odd", {"id": 1, "conversations": talk(), "question": {"options": "red"}}, [("jpg", jpeg())])
     write_source(tmp_path / "good", [image_sample("a")], per_shard=1)
     write_source(tmp_path / "odd", [odd], per_shard=1)
-    monkeypatch.setattr("vllava.evaluation.evaluate.answer_all", None)
+    monkeypatch.setattr("vllava.evaluation.evaluate.answer", None)
     with pytest.raises(UserError, match=r"odd/00000.tar:odd: the question's options are not a list of texts"):
         ask_all(checkpoint, {"one": str(tmp_path / "good"), "two": str(tmp_path / "odd")}, tmp_path / "run")
 

@@ -27,7 +27,8 @@ MAY_IMPORT = {
 HYDRA = {"hydra", "omegaconf"}
 # fmt: off
 MAY_USE_HYDRA = {
-    "chain.py", "config.py", "inspect_data.py", "lineage.py", "options.py", "plan.py", "run.py", "settle.py",
+    "answering.py", "chain.py", "config.py", "inspect_data.py", "lineage.py", "options.py", "plan.py", "run.py",
+    "settle.py",
 }
 # fmt: on
 

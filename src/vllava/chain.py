@@ -29,7 +29,7 @@ def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> None:
     A process each keeps memory apart, and lets a run of a sweep start a process for each device: Lightning starts
     those by repeating the command line, which would be the whole sweep's.
     """
-    ours = {"experiment", "run_dir", "chain", "rerun"}
+    ours = {"experiment", "run_dir", "chain", "rerun", "benchmarks"}
     given = [one for one in HydraConfig.get().overrides.task if one.lstrip("+~").split("=")[0] not in ours]
     command = [sys.executable, sys.argv[0], f"+experiment={experiment}", *given, *changes, f"run_dir={run_dir}"]
     code = wait(command)  # asked to stop, the run saves what it needs to resume
@@ -75,6 +75,44 @@ def run_chain(cfg: DictConfig) -> None:
     if len(parts) < len(cfg.chain):
         print(f"{cfg.experiment}: nothing was evaluated, for no held-out shards are named. {NAME_HELD_OUT}")
     print(f"{cfg.experiment}: done in {seconds['total']:.0f} s; figures and report in {folder}")
+
+
+def benchmarks_identity(cfg: DictConfig) -> Identity:
+    """What several evaluations are: their benchmarks, and what was asked of all of them."""
+    asked = sorted(override for override in HydraConfig.get().overrides.task if tells_apart(override))
+    return {"benchmarks": dict(cfg.benchmarks), "ablation": cfg.ablation, "seed": cfg.seed, "overrides": asked}
+
+
+def run_benchmarks(cfg: DictConfig) -> None:
+    """Evaluate on several benchmarks one after the other, each in a folder of its own below the run's.
+
+    One that fails keeps no other from being asked; at the end, UserError names those that did. Started again, those
+    that are done are not asked again.
+    """
+    folder, failed, found = Path(cfg.run_dir), {}, {}
+    for name, root in cfg.benchmarks.items():
+        part = folder / name
+        try:
+            if (done := read_run(part)) is not None and done.is_finished:
+                print(f"{name}: was done already, in {part}", flush=True)
+            else:
+                print(f"{name}: in {part}", flush=True)
+                # The folder in which what the benchmarks have in common is looked for stays the command line's.
+                roots = [f"benchmark.root={root}"] if root is not None else []
+                run_apart(cfg.experiment, part, f"benchmark={name}", *roots)
+                _require_done(name, part)
+            found[name] = json.loads((part / METRICS).read_text())
+        except UserError as error:
+            failed[name] = error.paragraph
+            say(f"error: {name}: {error.paragraph}")
+    seconds = round(sum(one.get("seconds", 0.0) for one in found.values()), 1)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(cfg.benchmarks)} benchmarks failed: {', '.join(failed)} (see above). The others "
+            f"are in {folder}; the same command asks these again."
+        )
+    write_json(folder / METRICS, {"benchmarks": found, "seconds": seconds})
+    print(f"{', '.join(found)}: done in {seconds:.0f} s; figures and reports in the folders below {folder}")
 
 
 def _require_done(experiment: str, part: Path) -> None:

@@ -26,7 +26,7 @@ from vllava.data.build import Modality
 from vllava.errors import UserError, require_known
 from vllava.identity import LENGTH, tells_apart
 from vllava.options import check_callbacks, check_override, check_trainer, refuse
-from vllava.settle import settle
+from vllava.settle import EVALUATE, settle
 from vllava.sources import check_spelling
 
 PROJECT = Path(__file__).parents[2]
@@ -36,6 +36,7 @@ TOP_LEVEL = {
     "experiment", "ablation", "seed", "chain", "runs", "run_dir", "world", "log_level", "save_minutes", "stop_seconds",
     "model", "foundations", "recipes", "tokenizer", "template", "encoder", "projector", "data", "task", "trainer",
     "logger", "callbacks", "preview", "evaluation", "validation", "toy", "rerun", "checkpoint",
+    "benchmark", "benchmarks", "judge", "suites",
 }
 # fmt: on
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -52,7 +53,10 @@ _HINTS: dict[str, Any] = {
     "projector": str | None,
     "foundations": dict[str, str | list[str]],  # the list: folders to search
     **dict.fromkeys(("recipes", "encoder", "model", "data", "task", "trainer"), dict[str, Any]),
-    **dict.fromkeys(("callbacks", "checkpoint", "validation", "preview", "evaluation", "toy"), dict[str, Any] | None),
+    **dict.fromkeys(("callbacks", "validation", "preview", "evaluation", "toy"), dict[str, Any] | None),
+    **dict.fromkeys(("benchmark", "judge", "suites"), dict[str, Any] | None),
+    "checkpoint": dict[str, Any] | str | None,
+    "benchmarks": list[str] | dict[str, str | None] | str | None,
 }
 _HINTS_IN: dict[str, dict[str, Any]] = {  # of nodes that no function takes as they are
     "validation": {
@@ -66,16 +70,18 @@ _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 
 def run_name(experiment: str, ablation: str, seed: int, *overrides: str) -> str:
-    """The name of a run's folder: experiment, ablation, model and seed, and six characters for what else was changed.
+    """The name of a run's folder: experiment, ablation, model, benchmark, seed, and six characters for other changes.
 
-    The model is left out where the command line chooses none. The name is for people; what a run is, says its identity.
+    Model and benchmark are left out where the command line chooses none. The name is for people; what a run is, says
+    its identity.
     """
-    model = next((override.partition("=")[2] for override in overrides if override.startswith("model=")), "")
-    own: tuple[str, ...] = ("model=", "seed=")
+    shown = [one for one in overrides if one.startswith(("model=", "benchmark="))]
+    chosen = [one.partition("=")[2] for one in sorted(shown, reverse=True)]
+    own: tuple[str, ...] = ("seed=", *shown)
     if "task.recipe.schedule=constant" in overrides:  # such a run may be given more steps: it is the same
         own += tuple(f"{key}=" for key in LENGTH)
     others = sorted(one for one in overrides if tells_apart(one) and not one.startswith(own))
-    named = [experiment, ablation, *([model] if model else []), f"s{seed}"]
+    named = [experiment, ablation, *chosen, f"s{seed}"]
     if others:
         named.append(hashlib.sha256("\n".join(others).encode()).hexdigest()[:6])
     return re.sub(r"[^\w.-]", "_", "-".join(named), flags=re.ASCII)[:NAME_BYTES]
@@ -98,7 +104,7 @@ def of_project(path: str) -> str:
 
 
 # Keys whose values are paths: these may hold any characters, also such as mean something to Hydra.
-PATHS = ("run_dir", "runs", "world", "projector", "evaluation.checkpoint")
+PATHS = ("run_dir", "runs", "world", "projector", "evaluation.checkpoint", "checkpoint", "benchmark.root")
 
 
 def with_paths_quoted(arguments: Sequence[str]) -> list[str]:
@@ -152,6 +158,8 @@ def check(cfg: DictConfig) -> None:
     """Settle a configuration; raises UserError for an experiment not chosen, a key nobody reads, a missing value."""
     if cfg.chain is not None:
         _check_chain(cfg)
+    if cfg.benchmarks is not None:
+        _check_benchmarks(cfg)
     if cfg.experiment is None:
         raise UserError(
             f"Choose what to run: python train.py +experiment=NAME, with NAME one of {_names('experiment')}."
@@ -166,12 +174,20 @@ def check(cfg: DictConfig) -> None:
     for key in sorted(TOP_LEVEL & set(written)):
         _check_node(key, written[key])
     _check_all_values(cfg)
-    if cfg.chain:
+    if cfg.chain or cfg.benchmarks:
         return  # its experiments are checked when they run
     try:
-        OmegaConf.to_container(cfg.evaluation or cfg, resolve=True, throw_on_missing=True)
+        for node in (cfg.evaluation, cfg.benchmark, cfg.judge) if cfg.evaluation else (cfg,):
+            OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"The configuration is not complete: {str(error).splitlines()[0]}.") from error
+        raise UserError(f"The configuration is not complete: {str(error).splitlines()[0]}.{_wanted(cfg)}") from error
+
+
+def _wanted(cfg: DictConfig) -> str:
+    """What to do about the value that is missing most often."""
+    if not cfg.benchmark or not OmegaConf.is_missing(cfg.benchmark, "root"):
+        return ""
+    return f" Say where the data of {cfg.benchmark.name} lie: benchmark.root=FOLDER"
 
 
 def _check_chain(cfg: DictConfig) -> None:
@@ -188,6 +204,23 @@ def _check_chain(cfg: DictConfig) -> None:
         raise UserError(f"chain={parts}: name one experiment or several different ones, such as chain=[stage1,stage2].")
     cfg.chain = parts
     cfg.experiment = cfg.experiment or "chain"
+
+
+def _check_benchmarks(cfg: DictConfig) -> None:
+    """`benchmarks` becomes a mapping from names of benchmarks to their roots; raises UserError for names of none."""
+    given = typing.cast(dict, OmegaConf.to_container(cfg, resolve=False))
+    asked = given["benchmarks"]
+    require("benchmarks", asked, _HINTS["benchmarks"])
+    if cfg.chain or cfg.experiment != EVALUATE:
+        raise UserError(f"benchmarks={asked} is for +experiment={EVALUATE}, which asks them one after the other.")
+    if isinstance(asked, str):
+        require_known("benchmarks", [asked], given["suites"])
+        asked = given["suites"][asked]
+    names = _names("benchmark").split(", ")
+    require_known("benchmarks", asked, names)
+    if not asked or len(set(asked)) < len(asked):
+        raise UserError(f"benchmarks={asked}: name one or several different ones of {', '.join(names)}.")
+    cfg.benchmarks = asked if isinstance(asked, dict) else dict.fromkeys(asked)
 
 
 def check_command_line(overrides: list[str]) -> None:

@@ -25,12 +25,14 @@ INDIFFERENT = (
     *("data.workers", "data.token_budget", "data.cache", "data.remedy", "data.held_out"),
     *("task.max_broken_share", "task.on_nan", "task.max_skipped"),
     *("model.llm.gradient_checkpointing", "model.llm.compile_layers"),
+    *("evaluation.workers", "evaluation.runs", "benchmark.cache", "suites"),
 )
 # What decides by way of other keys, which take their values from these, or in another run.
 ELSEWHERE = (
     *("recipes", "foundations", "template", "encoder", "data.seed", "data.stage1", "data.stage2", "toy"),
-    *("chain", "evaluation"),
+    *("chain", "evaluation", "benchmark", "benchmarks", "judge"),
 )
+JUDGE = ("_target_", "name", "model", "base_url", "prompts", "temperature", "max_tokens", "options", "template_options")
 # Of the trainer all is indifferent but what is a part of the recipe.
 TRAINER = (
     *("precision", "max_epochs", "max_steps", "max_time"),
@@ -38,7 +40,9 @@ TRAINER = (
 )
 # A run whose learning rate does not depend on them may be given more steps than were planned; see `grows`.
 LENGTH = ("trainer.max_epochs", "trainer.max_steps")
-_BESIDE = ("run_dir", "remedy", "batch_size", "plots", "cache", "search")  # what decides nothing of an evaluation
+# What decides nothing of an evaluation, or is in its benchmark.
+_BESIDE = ("run_dir", "remedy", "batch_size", "workers", "plots", "cache", "search", "runs", "sources")
+_BESIDE_BENCHMARK = ("remedy", "cache", "sources", "paper", "expected")
 _DESCRIPTIONS = ("config.json", "vllava.json")  # of a model
 _PIECE = 1 << 20  # bytes at each end of a weights file that tell it from another
 
@@ -57,9 +61,19 @@ def tells_apart(override: str) -> bool:
     key = override.lstrip("+~").split("=")[0].split("@")[0]
     if "/" in key:  # a choice among files
         return not key.startswith("hydra/")
+    if key == "checkpoint":
+        return is_checkpoint(override)
+    if key.startswith("judge."):
+        return any(_within(key, f"judge.{name}") for name in JUDGE)
     return not any(_within(key, name) for name in INDIFFERENT) and (
         decides(key) or any(_within(key, name) for name in ELSEWHERE)
     )
+
+
+def is_checkpoint(override: str) -> bool:
+    """Whether an override is `checkpoint=PATH`, what an evaluation asks, and not a block of a training run."""
+    key, _, value = override.lstrip("+~").partition("=")
+    return key == "checkpoint" and not value.startswith("{") and value not in ("", "null")
 
 
 def grows(settings: Mapping[str, Any]) -> bool:
@@ -88,11 +102,16 @@ def identity_of(settings: Mapping[str, Any]) -> Identity:
 
 
 def evaluation_identity(settings: Mapping[str, Any]) -> Identity:
-    """The identity of an evaluation: the checkpoint, the questions, and how they are asked."""
-    asked = settings["evaluation"]
-    kept = {key: value for key, value in asked.items() if key not in _BESIDE and key != "sources"}
+    """The identity of an evaluation: the checkpoint, the questions, how they are asked, and who judges the answers."""
+    asked, benchmark, judge = settings["evaluation"], settings.get("benchmark") or {}, settings.get("judge") or {}
+    kept = {key: value for key, value in asked.items() if key not in _BESIDE}
     sources = {kind: _sources(named, asked) for kind, named in (asked.get("sources") or {}).items() if named}
-    return {"evaluation": _with_fingerprints({**kept, "sources": sources})}
+    parts = {
+        "evaluation": {**kept, "sources": sources},
+        "benchmark": {key: value for key, value in benchmark.items() if key not in _BESIDE_BENCHMARK},
+        "judge": {key: value for key, value in judge.items() if key in JUDGE},
+    }
+    return {name: _with_fingerprints(part) for name, part in parts.items()}
 
 
 def _sources(named: Any, block: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ trained in that stage.
 from __future__ import annotations
 
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,30 @@ from omegaconf import DictConfig, OmegaConf
 
 from vllava.config import composed_beside, run_name
 from vllava.errors import UserError
-from vllava.identity import Identity, differences, identity_of, in_words
+from vllava.identity import Identity, differences, identity_of, in_words, is_checkpoint
+from vllava.imported import IMPORTED, imported
 from vllava.runs import Run, finished_runs, read_run
 
 AUTO = "auto"
 PROJECTOR = "checkpoint/projector.safetensors"
 # What a stage sets for itself: a value given for the later stage need not have been the earlier one's.
 OWN = re.compile(r"(task|trainer)\.|data\.(global_batch|image_fit)$")
-_OTHERS = ("experiment", "run_dir", "projector", "chain", "rerun", "evaluation")  # overrides that concern another run
+# Overrides that concern another run.
+_OTHERS = ("experiment", "run_dir", "projector", "chain", "rerun", "evaluation", "benchmark", "benchmarks", "judge")
 
 
 def resolve(cfg: DictConfig) -> None:
-    """Put the paths of the runs that are meant in place of `auto`, and say which; raises UserError where in doubt."""
+    """Put the paths of the runs that are meant in place of `auto`, and say which; raises UserError where in doubt.
+
+    A checkpoint of another format that is evaluated is imported first, see vllava.imported.
+    """
     if cfg.evaluation and cfg.evaluation.get("checkpoint") == AUTO:
         run = _meant(cfg, "stage2", "evaluation.checkpoint", "checkpoint")
         cfg.evaluation.checkpoint = str(run.folder / "checkpoint")
         cfg.evaluation.plots = plots(run)
+    elif cfg.evaluation and "checkpoint" in cfg.evaluation and not cfg.benchmarks:
+        given, search = str(cfg.evaluation.checkpoint), OmegaConf.to_object(cfg.foundations.search)
+        cfg.evaluation.checkpoint = str(imported(given, Path(cfg.runs) / IMPORTED, typing.cast(Any, search)))
     if not cfg.evaluation and not cfg.chain and cfg.projector == AUTO:
         cfg.projector = str(_meant(cfg, "stage1", "projector", PROJECTOR).folder / PROJECTOR)
 
@@ -77,7 +86,11 @@ def _meant(cfg: DictConfig, experiment: str, key: str, result: str) -> Run:
 
 def _wanted(experiment: str) -> tuple[Identity | None, str]:
     """The identity that this command line would have in another experiment; None, and why, where it has none."""
-    given = [override for override in HydraConfig.get().overrides.task if _key(override) not in _OTHERS]
+    given = [
+        override
+        for override in HydraConfig.get().overrides.task
+        if _key(override) not in _OTHERS and not is_checkpoint(override)
+    ]
     try:
         settings: Any = OmegaConf.to_container(composed_beside([f"+experiment={experiment}", *given]), resolve=True)
         return identity_of(settings), ""

@@ -20,7 +20,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.imports import RequirementCache
 from omegaconf import DictConfig, OmegaConf
 
-from vllava.chain import chain_identity, run_apart, run_chain
+from vllava.answering import evaluate
+from vllava.chain import benchmarks_identity, chain_identity, run_apart, run_benchmarks, run_chain
 from vllava.config import check
 from vllava.data.address import shown
 from vllava.data.writing import appearing
@@ -58,7 +59,7 @@ def run(cfg: DictConfig) -> None:
     """Carry out one configuration: a chain of experiments, an evaluation, or a training run."""
     check(cfg)
     quiet(cfg.log_level)
-    if HydraConfig.get().mode is RunMode.MULTIRUN and not cfg.chain:
+    if HydraConfig.get().mode is RunMode.MULTIRUN and not cfg.chain and not cfg.benchmarks:
         run_apart(cfg.experiment, cfg.run_dir, *(["rerun=true"] if cfg.rerun else []))
         return
     stops = Stops(cfg.stop_seconds)
@@ -72,13 +73,13 @@ def run(cfg: DictConfig) -> None:
             if run is None:
                 say_finished(folder)
                 tidy(cfg, folder)  # the run may have been killed before it did
-            elif cfg.chain:
-                run_chain(cfg)
+            elif cfg.chain or cfg.benchmarks:
+                run_chain(cfg) if cfg.chain else run_benchmarks(cfg)
                 run.finish()
             else:
                 end_with_launcher(HydraConfig.get().job.name)
                 with stops:
-                    instantiate(cfg.evaluation) if cfg.evaluation else train(cfg, stops)
+                    evaluate(cfg, stops) if cfg.evaluation else train(cfg, stops)
                     if is_first_process():
                         run.finish()
                         tidy(cfg, folder)
@@ -88,6 +89,8 @@ def identity(cfg: DictConfig) -> Identity:
     """What a chain, an evaluation or a training run is."""
     if cfg.chain:
         return chain_identity(cfg)
+    if cfg.benchmarks:
+        return benchmarks_identity(cfg)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     return evaluation_identity(settings) if cfg.evaluation else identity_of(settings)
 

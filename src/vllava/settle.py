@@ -16,6 +16,7 @@ from vllava.sources import MODALITIES, REMEDY, STAGES, Folders, folders, questio
 
 log = logging.getLogger(__name__)
 
+HELD_OUT = "vllava.evaluation.benchmarks.held_out.HeldOut"  # the benchmark that asks shards
 EVALUATE = "evaluate"  # the experiment of a chain that asks held-out shards
 NAME_HELD_OUT = "Name some that no stage trains on: data.held_out.image=[FOLDER, …]"
 OWN_ANSWERS = 64  # tokens of an answer at most, where evaluation.max_new_tokens leaves it open
@@ -33,7 +34,8 @@ def settle(cfg: DictConfig) -> None:
         return
     with open_dict(cfg):
         toy = _taken(cfg, "toy")
-        require_known("toy", set(toy), {"data", "preview", "evaluation"})
+        require_known("toy", set(toy), {"data", "preview", "evaluation", "benchmark"})
+        _settle_checkpoint(cfg)
         blocks = {stage: _taken(cfg.data, stage) for stage in STAGES}
         held_out = folders("data.held_out", _taken(cfg.data, "held_out"))
         named = {"": folders("data.sources", _taken(cfg.data, "sources"))}
@@ -58,7 +60,7 @@ def settle(cfg: DictConfig) -> None:
                 "name the others: data.modalities=[image, video]"
             )
         _settle_preview(cfg, held_out, own, toy.get("preview"))
-        _settle_evaluation(cfg, held_out, own, toy.get("evaluation", {}))
+        _settle_evaluation(cfg, held_out, own, toy.get("evaluation", {}), toy.get("benchmark", {}))
         _settle_validation(cfg, held_out, own, toy.get("preview"))
         trained = {folder for sources in named.values() for listed in sources.values() for folder in listed}
         for folder in [f for asked in _asked(cfg).values() for f in asked.values() if f in trained]:
@@ -78,7 +80,19 @@ def _settle_preview(cfg: DictConfig, held_out: Folders, own: bool, toys: dict | 
     cfg.preview = {**shown, "remedy": REMEDY} if shown else None if own else toys
 
 
-def _settle_evaluation(cfg: DictConfig, held_out: Folders, own: bool, toys: dict) -> None:
+def _settle_checkpoint(cfg: DictConfig) -> None:
+    """`checkpoint=PATH` says what is evaluated; in a training run, `checkpoint` is a block of its own."""
+    if not isinstance(cfg.checkpoint, str):
+        return
+    if not cfg.evaluation or "_target_" not in cfg.evaluation:
+        raise UserError(
+            f"checkpoint={cfg.checkpoint} is for +experiment={EVALUATE}. A stage starts from projector=PATH; when it "
+            "saves is said by checkpoint.every_steps and what is beside it."
+        )
+    cfg.evaluation.checkpoint, cfg.checkpoint = cfg.checkpoint, None
+
+
+def _settle_evaluation(cfg: DictConfig, held_out: Folders, own: bool, toys: dict, benchmark: dict) -> None:
     node = cfg.evaluation
     asked = _of_run(cfg, _asked(cfg)) or _of_run(cfg, questions("data.held_out", held_out))
     if not node or "_target_" not in node:
@@ -86,6 +100,11 @@ def _settle_evaluation(cfg: DictConfig, held_out: Folders, own: bool, toys: dict
             cfg.evaluation = None
         elif asked:
             cfg.evaluation = {"sources": asked}
+        cfg.benchmark = cfg.judge = None
+    elif cfg.benchmarks:
+        node.sources = cfg.benchmark = cfg.judge = None  # each of them settles its own
+    elif not cfg.benchmark or cfg.benchmark.get("_target_") != HELD_OUT:
+        node.sources = None
     elif asked:
         node.sources = asked
         _fill(node, {"remedy": REMEDY, "max_new_tokens": OWN_ANSWERS})
@@ -94,6 +113,10 @@ def _settle_evaluation(cfg: DictConfig, held_out: Folders, own: bool, toys: dict
     else:
         node.sources = None
         _fill(node, toys)
+        _fill(cfg.benchmark, benchmark)
+    if cfg.benchmark and cfg.benchmark.get("_target_") == HELD_OUT:
+        _fill(cfg.benchmark, {key: _plain(node, key) for key in ("sources", "remedy", "cache", "max_new_tokens")})
+        _fill(cfg.benchmark, {"sources": {}, "groups": {}})
 
 
 def _settle_validation(cfg: DictConfig, held_out: Folders, own: bool, toys: dict | None) -> None:

@@ -137,7 +137,7 @@ class StepLoader:
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             persistent_workers=workers > 0,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -229,7 +229,7 @@ class DataModule(L.LightningDataModule):
         return (0 if getattr(trainer, "overfit_batches", 0) else epoch, batch)
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     """One thread each; and signals to stop, which may reach all processes, are the main process's to answer."""
     torch.set_num_threads(1)
     signal.set_wakeup_fd(-1)  # the main process's, if it was forked

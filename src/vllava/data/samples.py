@@ -61,6 +61,13 @@ class SampleDecoder:
         media = [self._medium(*medium) for medium in zip(parsed.kinds, parsed.files, parsed.frame_times, strict=True)]
         return Sample(key, parsed.conversation, media, parsed.record, parsed.dropped_turns)
 
+    def medium(self, members: dict[str, bytes], number: int) -> Medium:
+        """One of the media of a sample, as all of it would have it; raises UserError as for all of it."""
+        if BROKEN in members:
+            raise UserError(members[BROKEN].decode(errors="replace"))
+        parsed = parse(members)
+        return self._medium(parsed.kinds[number], parsed.files[number], parsed.frame_times[number])
+
     def image(self, data: bytes) -> Medium:
         """An image file as the model takes it; raises UserError if it cannot be read or the model takes none."""
         return Medium("image", self.preprocess.image_pixels(decode_image(data), self._spec("image").size))

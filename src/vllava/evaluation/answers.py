@@ -18,7 +18,7 @@ from PIL import Image
 
 from vllava.conversation import without_media
 from vllava.data.broken import printable, why
-from vllava.data.packing import ConversationPacker, pack
+from vllava.data.packing import ConversationPacker, PackedSample, pack
 from vllava.data.patience import Remote
 from vllava.data.samples import Medium, Sample, SampleDecoder
 from vllava.data.shards import ShardReader, read_manifest
@@ -38,6 +38,7 @@ class Answer:
     truth: str | None
     answer: str
     options: tuple[str, ...] = ()
+    broken: str = ""  # why it was not asked
 
     @property
     def scored(self) -> bool:
@@ -47,7 +48,7 @@ class Answer:
     @property
     def correct(self) -> bool:
         """Exact match after lower-casing and stripping spaces and a final full stop; never without a true answer."""
-        return self.truth is not None and normalise(self.answer) == normalise(self.truth)
+        return self.truth is not None and not self.broken and normalise(self.answer) == normalise(self.truth)
 
     @property
     def chance(self) -> float:
@@ -73,10 +74,10 @@ def read_samples(
     A broken one raises UserError, for an evaluation leaves none out; so does one that the packer, if there is one,
     cannot make a question of.
     """
-    for place, reader, shard, index in _places(folder, remedy, limit, remote):
-        with _named(place):
+    for place, reader, shard, index in places(folder, remedy, limit, remote):
+        with named(place):
             sample = decoder(*reader.read(shard, index))
-            _check_question(sample.record)
+            check_question(sample.record)
             if packer is not None:
                 packer.prompt(sample)
         yield sample
@@ -87,27 +88,27 @@ def check_rows(folder: str | Path, remedy: str, remote: Remote | None = None) ->
 
     Raises UserError, which names the sample, where a question's type or options are of an odd kind.
     """
-    for place, reader, shard, index in _places(folder, remedy, remote=remote):
-        with _named(place):
+    for place, reader, shard, index in places(folder, remedy, remote=remote):
+        with named(place):
             members = reader.read(shard, index, only=("json",))[1]
             with reading("its record"):
                 record = json.loads(members.get("json", b"{}"))
-            _check_question(record)
+            check_question(record)
 
 
-def _places(
+def places(
     folder: str | Path, remedy: str, limit: int | None = None, remote: Remote | None = None
 ) -> Iterator[tuple[str, ShardReader, int, int]]:
     """Of each sample of a folder the name to call it by, and where to read it."""
     shards = read_manifest(folder, remedy, remote)
     reader = ShardReader(shards, capacity=1)
-    places = ((s, i) for s, shard in enumerate(shards) for i in range(shard.samples))
-    for shard, index in islice(places, limit):
+    found = ((s, i) for s, shard in enumerate(shards) for i in range(shard.samples))
+    for shard, index in islice(found, limit):
         yield f"{shards[shard].path}:{reader.key(shard, index)}", reader, shard, index
 
 
 @contextmanager
-def _named(place: str) -> Iterator[None]:
+def named(place: str) -> Iterator[None]:
     """Whatever goes wrong with a sample becomes a UserError that names it."""
     try:
         yield
@@ -115,7 +116,7 @@ def _named(place: str) -> Iterator[None]:
         raise UserError(f"{place}: {why(error)}. An evaluation leaves no sample out.") from error
 
 
-def _check_question(record: Any) -> None:
+def check_question(record: Any) -> None:
     """Raises UserError where what a record says of its question is of an odd kind; it need not say anything."""
     question = record.get("question", {}) if isinstance(record, dict) else None
     if not isinstance(question, dict):
@@ -139,10 +140,39 @@ def ask(
     model: VideoLlava, packer: ConversationPacker, samples: Sequence[Sample], max_new_tokens: int, **sampling: Any
 ) -> list[str]:
     """The model's answers to the last human turn of each sample, in one batch."""
-    batch = pack([packer.prompt(sample) for sample in samples])
+    return said(model, packer, [packer.prompt(sample) for sample in samples], max_new_tokens, **sampling)
+
+
+def said(
+    model: VideoLlava, packer: ConversationPacker, prompts: Sequence[PackedSample], max_new_tokens: int, **sampling: Any
+) -> list[str]:
+    """What the model says after each prompt, all of them in one batch."""
+    batch = pack(prompts)
     device = next(model.parameters()).device
     with autocast():
         generated = model.generate(batch.to(device), max_new_tokens, ends=packer.ends_of_turn, **sampling)
+    return texts(packer, generated)
+
+
+def said_after(
+    model: VideoLlava,
+    packer: ConversationPacker,
+    stems: Sequence[PackedSample],
+    prompts: Sequence[PackedSample],
+    of: Sequence[int],
+    max_new_tokens: int,
+) -> list[str] | None:
+    """What the model says after each prompt, which goes on from stem `of[p]`; None where it cannot share stems."""
+    device = next(model.parameters()).device
+    shared, batch = pack(stems).to(device), pack(prompts).to(device)
+    with autocast():
+        chosen = torch.tensor(of, device=device)
+        generated = model.generate_after(shared, batch, chosen, max_new_tokens, ends=packer.ends_of_turn)
+    return None if generated is None else texts(packer, generated)
+
+
+def texts(packer: ConversationPacker, generated: Sequence[Sequence[int]]) -> list[str]:
+    """New tokens as answers."""
     return [packer.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in generated]
 
 

@@ -65,6 +65,7 @@ class Benchmark(ABC):
     expected: int | None = None
     template: str | None = None  # as in training
     max_new_tokens: int = 64
+    blind: bool = False  # whether all is asked once more without the media
     paper: Mapping[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list, init=False)  # of the data, said before and kept in the result
 

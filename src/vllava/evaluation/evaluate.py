@@ -1,34 +1,49 @@
-"""Evaluate a checkpoint on held-out questions: accuracy by medium and question type, beside blind and chance."""
+"""Evaluate a checkpoint on a benchmark: questions, answers, verdicts, figures."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+
 from vllava.checks import Count, Whole
 from vllava.data.build import DecoderName, Template, conversation_packer, sample_decoder
+from vllava.data.datamodule import Workers
 from vllava.data.patience import Remote
 from vllava.errors import UserError
-from vllava.evaluation.answers import Answer, answer_all, check_rows, read_samples
-from vllava.evaluation.report import KINDS, MATCH, sample_rows, write_report
-from vllava.model.checkpoint import load
-from vllava.model.device import best_device
+from vllava.evaluation import results
+from vllava.evaluation.benchmark import Benchmark
+from vllava.evaluation.benchmarks.held_out import HeldOut
+from vllava.evaluation.blocks import blind
+from vllava.evaluation.generate import Asking, answer
+from vllava.evaluation.outcome import Asked, figures_of, keep, write_exports, write_held_out, write_result_of
+from vllava.evaluation.predictions import Predictions
+from vllava.evaluation.questions import Answer, Question
+from vllava.folders import sha256_of
+from vllava.model.checkpoint import LLM, PROJECTOR, Description, load
+from vllava.model.device import computes_in_bf16
+from vllava.model.files import Checkpoint
 from vllava.model.finding import Folders
 
-TEMPORAL_TYPES = ("direction", "mover", "order", "change", "events")  # what one frame cannot answer
+log = logging.getLogger(__name__)
+
+REPLIES = "judge-replies"  # in a folder of runs: what judges said, for all of them
 
 
 def evaluate(
     checkpoint: str,
-    sources: dict[str, dict[str, str]],
+    sources: dict[str, dict[str, str]] | None,
     run_dir: str,
-    remedy: str,
+    remedy: str | None = None,
     batch_size: Count = 64,
-    max_new_tokens: Count = 16,
+    max_new_tokens: Count | None = None,
     decoder: DecoderName = "auto",
     num_frames: Count | None = None,
     template: Template | None = None,
@@ -36,124 +51,159 @@ def evaluate(
     plots: dict[str, str] | None = None,
     cache: Remote | dict[str, Any] | None = None,
     search: Folders = (),
+    workers: Workers = -1,
+    runs: str | None = None,
+    benchmark: Benchmark | None = None,
+    judge: Callable[[], Any] | None = None,
+    trainer: L.Trainer | None = None,
 ) -> dict:
-    """Answer every question of every source whose medium the model takes; write metrics, answers and a report.
+    """Ask a checkpoint every question of a benchmark, have the answers judged and scored, and write what was found.
 
-    sources: medium -> name -> folder of shards; sources of media that the model does not take are passed over. A sample
-    counts with the medium it has, wherever its folder stands; the headline figures are over all sources together.
-    num_frames: of a video, and template: of the prompt, if not as in training. `shown` samples of each medium, and the
-    loss curves `plots` (name -> PNG file), go into the report. cache: how shards on servers are read.
-    search: folders to look into for what the checkpoint does not hold itself.
-    Writes metrics.json, answers.jsonl and report.html to `run_dir`, and prints a table. Raises UserError for a
-    missing checkpoint or shards, and for a sample that cannot be asked; of odd questions before the first is asked.
-    A question without a true answer is asked and not scored.
+    benchmark: by default held-out samples, in `sources`: medium -> name -> folder of shards; remedy: what a user
+    without those should do; cache: how those on servers are read. judge: makes who decides about open answers, see
+    evaluation/judges, where the benchmark needs one. trainer: on which devices the questions are answered, by default
+    on one; every process of it has to call this, and all but the first return no figures. max_new_tokens: of an answer,
+    and template: of the prompt, if not as the benchmark has them; num_frames: of a video, if not as in training.
+    `shown` questions of each medium, and the loss curves `plots` (name -> PNG file), go into the report.
+    search: folders to look into for what the checkpoint does not hold itself. runs: a folder of runs, of which one in
+    which the same was asked has the answers already.
+    Raises UserError for a missing checkpoint, for files of the benchmark that are not what they should be, and for a
+    judge that cannot be asked, before the first question is.
     """
     started = time.time()
-    if unknown := sorted(set(sources) - set(KINDS)):
-        raise UserError(f"evaluation.sources names {', '.join(unknown)}; there are: {', '.join(KINDS)}.")
+    if benchmark is None:
+        benchmark = HeldOut("held_out", "", sources=sources or {}, remedy=remedy or "", cache=cache, blind=True)
     model, tokenizer, description = load(checkpoint, num_frames, search)
-    model.to(best_device())
     decode = sample_decoder(model.specs, description.image_fit, decoder, description.frame_sampling)
-    packer = conversation_packer(model.specs, tokenizer, **description.prompt(template))
-    media = [kind for kind in sources if kind in model.specs or kind == "text"]
-    if not media:
-        taken = ", ".join(model.specs)
-        raise UserError(f"evaluation.sources names {', '.join(sources)} alone; the model takes {taken}.")
-    places = dict.fromkeys((name, folder) for medium in media for name, folder in sources[medium].items())
-    remote = Remote.of(cache)
-    for _, folder in places:
-        check_rows(folder, remedy, remote)
-    asked: dict[str, dict[str, tuple[list[Answer], list[Answer]]]] = {}  # medium -> source -> (with it, blind)
-    rows: dict[str, list] = {kind: [] for kind in KINDS}
-    for name, folder in places:
-        samples = list(read_samples(folder, decode, remedy, packer=packer, remote=remote))
-        found = answer_all(model, packer, samples, batch_size, max_new_tokens)
-        blind = answer_all(model, packer, samples, batch_size, max_new_tokens, blind=True)
-        for sample, answer, without in zip(samples, found, blind, strict=True):
-            part = asked.setdefault(answer.medium, {}).setdefault(name, ([], []))
-            part[0].append(answer)
-            part[1].append(without)
-            if len(rows[answer.medium]) < shown:
-                rows[answer.medium] += sample_rows([sample], [answer])
-    metrics = figures(asked)
-    metrics["seconds"] = round(time.time() - started, 1)
-    answers = [answer for parts in asked.values() for found, _ in parts.values() for answer in found]
-    run_folder = Path(run_dir)
-    (run_folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    (run_folder / "answers.jsonl").write_text(
-        "".join(json.dumps({**asdict(a), "correct": a.correct if a.scored else None}) + "\n" for a in answers)
-    )
-    curves = {name: Path(path) for name, path in (plots or {}).items()}
-    shown_rows = [row for kind in KINDS for row in rows[kind]]
-    write_report(run_folder, f"Evaluation of {checkpoint}", metrics, shown_rows, curves)
-    print(table(metrics))
-    if any(a.scored and not a.options for a in answers):
-        print(f"Where a record names no options to guess among, there is no chance. {MATCH}")
-    if unscored := sum(not a.scored for a in answers):
-        print(f"{unscored} of {len(answers)} questions have no true answer: asked, not scored; see answers.jsonl")
-    return metrics
-
-
-def figures(asked: dict[str, dict[str, tuple[list[Answer], list[Answer]]]]) -> dict:
-    """The summary of each medium, of its sources and of its question types, from medium -> source -> (found, blind)."""
-    metrics: dict = {}
-    by_type: dict[str, dict] = {}
-    for medium in (kind for kind in KINDS if kind in asked):
-        parts = asked[medium]
-        found = [answer for part, _ in parts.values() for answer in part]
-        blind = [answer for _, part in parts.values() for answer in part]
-        by_source = {name: summary(*part) for name, part in parts.items()}
-        metrics[medium] = {**summary(found, blind), "by_source": by_source}
-        by_type |= {f"{medium}/{kind}": value for kind, value in types(found, blind).items()}
-    return {**metrics, "by_type": by_type}
-
-
-def summary(found: Sequence[Answer], blind: Sequence[Answer]) -> dict:
-    """Accuracy with and without the media, chance, and the number of questions n: of those that have a true answer.
-
-    How many have none is said where there are any; where no question has one, there are no figures but None. There is
-    no chance where no question names options to guess among.
-    """
-    scored = [answer for answer in found if answer.scored]
-
-    def share(values: Iterable[float]) -> float | None:
-        return round(sum(values) / len(scored), 4) if scored else None
-
-    figures = {
-        "accuracy": share(a.correct for a in scored),
-        "blind": share(a.correct for a in blind),
-        "chance": share(a.chance for a in scored) if any(a.options for a in scored) else None,
-        "n": len(scored),
+    packer = conversation_packer(model.specs, tokenizer, **description.prompt(template or benchmark.template))
+    if isinstance(benchmark, HeldOut):
+        benchmark.restrict(model.specs)
+    questions = benchmark.questions()
+    first = trainer is None or trainer.is_global_zero
+    for warning in benchmark.warnings if first else []:
+        log.warning("%s: %s", benchmark.name, warning)
+    require_questions(benchmark, questions, list(model.specs))
+    asking = Asking(model, packer, decode, max_new_tokens or benchmark.max_new_tokens, batch_size, workers)
+    judging = judge() if judge is not None and needs_judge(benchmark, questions) else None
+    parts = fingerprint(Path(checkpoint), description)
+    how = {
+        "benchmark": benchmark.name,
+        "checkpoint": parts,
+        "template": template or benchmark.template or description.template,
+        "max_new_tokens": asking.max_new_tokens,
+        "frames": {kind: spec.frames for kind, spec in model.specs.items()},
+        "decoder": decoder,
     }
-    return figures if len(scored) == len(found) else {**figures, "unscored": len(found) - len(scored)}
+    folder = Path(run_dir)
+    seen = _answers(asking, questions, folder, "predictions", how, trainer, runs)
+    unseen: list[Answer] = []
+    if benchmark.blind:
+        without = _answers(asking, [blind(question) for question in questions], folder, "blind", how, trainer, runs)
+        unseen = [replace(one, question=question) for one, question in zip(without, questions, strict=True)]
+    if not first:
+        return {}
+    say_broken(benchmark, seen)
+    write_exports(benchmark, seen, folder)
+    frames = max((spec.frames for kind, spec in model.specs.items() if kind == "video"), default=None)
+    said = results.Asking(
+        str(how["template"]),
+        asking.max_new_tokens,
+        frames,
+        description.frame_sampling,
+        description.image_fit,
+        "bf16" if computes_in_bf16() else "fp32",
+    )
+    asked = Asked(benchmark, seen, unseen, said, model_of(checkpoint, description, parts), decode)
+    seconds = round(time.time() - started, 1)
+    result = write_result_of(asked, folder, judging, Path(runs or run_dir) / REPLIES, seconds)
+    if isinstance(benchmark, HeldOut):
+        curves = {name: Path(path) for name, path in (plots or {}).items()}
+        metrics = write_held_out(benchmark, seen, unseen, folder, checkpoint, decode, shown, curves)
+    else:
+        metrics = {"benchmark": benchmark.name, "scores": figures_of(result)}
+    return keep({**metrics, "seconds": seconds}, folder)
 
 
-def types(found: Sequence[Answer], blind: Sequence[Answer]) -> dict[str, dict]:
-    """The summary of each question type, and of all types that need time together ("temporal")."""
-    pairs = list(zip(found, blind, strict=True))
-    groups = {kind: [p for p in pairs if p[0].type == kind] for kind in dict.fromkeys(a.type for a in found)}
-    temporal = [p for p in pairs if p[0].type in TEMPORAL_TYPES]
-    if temporal:
-        groups["temporal"] = temporal
-    return {kind: summary(*zip(*group, strict=True)) for kind, group in groups.items()}
+def model_of(path: str, description: Description, parts: Mapping[str, str]) -> results.Model:
+    """What was asked, as a result names it."""
+    video = description.encoders.get("video")
+    plain = video is not None and video.get("temporal") is False  # what the port alone has
+    origin = "port" if plain else "original" if description.origin else "vllava"
+    whole = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return results.Model(path, whole, origin, None if video is None else not plain)
 
 
-def table(metrics: dict) -> str:
-    """The figures as a text table, one line for each medium and question type."""
-    names = [name for medium in KINDS for name in metrics.get(medium, {}).get("by_source", {})]
-    width = max([28, *(len(f"  of these, {name} ") for name in names)])
-    lines = [f"{'':{width}}{'accuracy':>10}{'blind':>8}{'chance':>8}{'n':>6}"]
+def needs_judge(benchmark: Benchmark, questions: Sequence[Question]) -> bool:
+    """Whether any answer to these would be put before a judge."""
+    return bool(benchmark.requests([Answer(question, "?") for question in questions]))
 
-    def add(name: str, row: dict) -> None:
-        accuracy, blind, chance = ("-" if row[c] is None else f"{row[c]:.3f}" for c in ("accuracy", "blind", "chance"))
-        lines.append(f"{name:{width}}{accuracy:>10}{blind:>8}{chance:>8}{row['n']:>6}")
 
-    for medium in KINDS:
-        if medium in metrics:
-            add(medium.upper(), metrics[medium])
-            for name, part in metrics[medium]["by_source"].items():
-                add(f"  of these, {name}", part)
-            for kind, row in metrics["by_type"].items():
-                if kind.startswith(f"{medium}/"):
-                    add(f"  {kind.split('/', 1)[1]}", row)
-    return "\n".join(lines)
+def _answers(
+    asking: Asking,
+    questions: Sequence[Question],
+    folder: Path,
+    name: str,
+    how: Mapping[str, Any],
+    trainer: L.Trainer | None,
+    runs: str | None,
+) -> list[Answer]:
+    """The answers to all questions, of this run or of another one that asked the same."""
+    asked = {**how, "questions": len(questions), "sha256": digest(questions)}
+    predictions = Predictions(folder, name, asked)
+    ids = [question.id for question in questions]
+    first = trainer is None or trainer.is_global_zero
+    if runs and first and (other := predictions.take(Path(runs), ids)):
+        print(f"answers taken from {other}, where the same was asked", flush=True)
+    bar = "blind" if name == "blind" else str(how["benchmark"])
+    return answer(asking, questions, predictions, trainer, bar)
+
+
+def require_questions(benchmark: Benchmark, questions: Sequence[Question], taken: Sequence[str]) -> None:
+    """Raises UserError for no questions, for an id that comes twice, and for media that the model does not take.
+
+    Held-out samples may mix media: there, those that the model does not take are broken.
+    """
+    if not questions:
+        raise UserError(f"The benchmark {benchmark.name} has no questions.")
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise UserError(f"The benchmark {benchmark.name} has two questions with the id {question.id!r}.")
+        seen.add(question.id)
+    kinds = {medium.kind for question in questions for medium in question.media}
+    if not isinstance(benchmark, HeldOut) and (lacking := sorted(kinds - set(taken))):
+        raise UserError(
+            f"{benchmark.name} asks about media of the kind {', '.join(lacking)}; the model takes "
+            f"{', '.join(taken) or 'text alone'}."
+        )
+
+
+def say_broken(benchmark: Benchmark, answers: Sequence[Answer]) -> None:
+    """Warn of questions that could not be asked, with how many and the first of them."""
+    broken = [answer for answer in answers if answer.text is None]
+    if broken:
+        first = "; ".join(f"{answer.question.id}: {answer.broken}" for answer in broken[:3])
+        more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
+        log.warning(
+            "%s: %d of %d questions could not be asked and count as wrong: %s%s",
+            *(benchmark.name, len(broken), len(answers), first, more),
+        )
+
+
+def digest(questions: Sequence[Question]) -> str:
+    """The hash of what is asked: ids, prompts, and which media are shown."""
+    found = hashlib.sha256()
+    for question in questions:
+        media = [(medium.kind, medium.key) for medium in question.media]
+        found.update(json.dumps([question.id, question.conversation, media]).encode() + b"\n")
+    return found.hexdigest()
+
+
+def fingerprint(folder: Path, description: Description) -> dict[str, str]:
+    """The hashes of a checkpoint's parts."""
+    found = dict(description.sha256)
+    if "llm" not in found and (folder / LLM).is_dir():
+        found["llm"] = Checkpoint(folder / LLM).sha256  # not recorded by earlier versions
+    if (folder / PROJECTOR).is_file():
+        found["projector"] = sha256_of(folder / PROJECTOR)
+    return found

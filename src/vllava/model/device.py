@@ -12,6 +12,11 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_name() -> str:
+    """What the best device is called."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def computes_in_bf16() -> bool:
     """Whether the device has bfloat16 arithmetic, rather than an emulation of it."""
     if torch.cuda.is_available():

@@ -107,7 +107,7 @@ def find(part: Foundation, folder: Path, search: Folders = ()) -> str:
     """
     with reading(f"The checkpoint {part.path[:_SHOWN]}"):  # a name that no folder can have
         on_hub_too = not Path(part.path).exists() and is_hub_id(part.path)
-    named = _named(search)
+    named = named_folders(search)
     lay = [place for place in _where_it_lay(part, folder) if os.path.isdir(place)]
     if part.sha256 is None and lay:
         return str(lay[0])
@@ -135,7 +135,7 @@ def find(part: Foundation, folder: Path, search: Folders = ()) -> str:
     raise _not_found(part, folder, named, lay, refused)
 
 
-def _named(search: Folders) -> list[Path]:
+def named_folders(search: Folders) -> list[Path]:
     """The folders that a user names."""
     given = [search] if isinstance(search, (str, Path)) else list(search or ())
     given += [name for name in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if name]

@@ -7,8 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from vllava.batch import IGNORE_INDEX, Batch, MediumSpec
 from vllava.errors import UserError
@@ -118,10 +120,38 @@ class VideoLlava(nn.Module):
         Returns the new token ids of each sample, up to one of the LLM's own end tokens or of `ends`, which is left
         out. `transformers`' own generation with its KV cache does the work, on left-padded embeddings.
         """
-        segments = self.embed(batch).split(batch.cu_seqlens.diff().tolist())
+        return self._continue(*self._padded(batch), max_new_tokens, ends, **sampling)
+
+    @torch.no_grad()
+    def generate_after(
+        self, stems: Batch, batch: Batch, of: Tensor, max_new_tokens: int = 64, ends: Collection[int] = ()
+    ) -> list[list[int]] | None:
+        """As `generate`, greedy, for samples that go on from a stem each: sample s from stem `of[s]`, int64.
+
+        Stems are of one length, and go through the LLM once for all their samples. None where its cache cannot do that.
+        """
+        rows = self.embed(stems).unflatten(0, (stems.num_samples, -1))
+        cache = self.llm(inputs_embeds=rows, use_cache=True, logits_to_keep=1).past_key_values
+        if not isinstance(cache, DynamicCache) or not all(type(layer) is DynamicLayer for layer in cache.layers):
+            return None
+        cache.batch_select_indices(of)
+        embeddings, mask = self._padded(batch)
+        before = rows.shape[1]  # in the cache: what stands there is not looked at
+        embeddings = pad(embeddings, (0, 0, before, 0))
+        return self._continue(
+            embeddings, pad(mask, (before, 0), value=True), max_new_tokens, ends, past_key_values=cache
+        )
+
+    def _padded(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A batch's samples as embeddings [S, L, D], padded on the left, and where they are [S, L]."""
+        lengths = batch.cu_seqlens.diff()
+        segments = self.embed(batch).split(lengths.tolist())
         embeddings = pad_sequence([s.flip(0) for s in segments], batch_first=True).flip(1)
-        lengths = batch.cu_seqlens.diff()[:, None]
-        mask = torch.arange(embeddings.shape[1], 0, -1, device=lengths.device) <= lengths
+        return embeddings, torch.arange(embeddings.shape[1], 0, -1, device=lengths.device) <= lengths[:, None]
+
+    def _continue(
+        self, embeddings: Tensor, mask: Tensor, max_new_tokens: int, ends: Collection[int], **more: Any
+    ) -> list[list[int]]:
         config = self.llm.generation_config
         own = config.eos_token_id
         stops = {*ends, *(own if isinstance(own, list) else [own] if own is not None else [])}
@@ -131,7 +161,7 @@ class VideoLlava(nn.Module):
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(stops) or None,
             pad_token_id=config.pad_token_id if config.pad_token_id is not None else min(stops, default=0),
-            **{"do_sample": False, **sampling},
+            **{"do_sample": False, **more},
         )
         return [_until(row, stops) for row in output.tolist()]
 
