@@ -14,10 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from vllava.data.writing import appearing
 from vllava.errors import UserError
+from vllava.evaluation.results import Result, logged_figures, logged_samples
 from vllava.model.device import best_device
 from vllava.options import implied, in_words
 from vllava.runs import is_first_process
 from vllava.stops import Stopped, Stops, say
+from vllava.training.loggers import log_evaluation
 from vllava.training.ranks import Ranks, explaining
 
 # Of the Trainer's settings, those that say where and how questions are answered.
@@ -45,8 +47,19 @@ def evaluate(cfg: DictConfig, stops: Stops) -> None:
     judge = settings["judge"] or {}
     judging = partial(instantiate, judge, _convert_="all") if "_target_" in judge else None
     stops.kept = _KEPT
+    tell = partial(log_result, settings) if settings["logger"] else None
     with in_words(), explaining(Ranks(trainer, stops), stops):
-        instantiate(settings["evaluation"], _convert_="all")(benchmark=benchmark, judge=judging, trainer=trainer)
+        instantiate(settings["evaluation"], _convert_="all")(
+            benchmark=benchmark, judge=judging, trainer=trainer, tell=tell
+        )
+
+
+def log_result(settings: Any, result: Result, samples: list[dict[str, Any]]) -> None:
+    """Give a result to the run's loggers: its figures as those of the whole run, and samples as a table."""
+    loggers = instantiate(settings["logger"])(run_dir=Path(settings["run_dir"]), config=settings)
+    log_evaluation(loggers, result.benchmark, logged_figures(result), logged_samples(samples))
+    for logger in loggers:
+        logger.finalize("success")
 
 
 def build_trainer(settings: Any, run_dir: Path, stops: Stops) -> L.Trainer:

@@ -23,7 +23,7 @@ from vllava.evaluation.benchmark import Benchmark
 from vllava.evaluation.benchmarks.held_out import HeldOut
 from vllava.evaluation.blocks import blind
 from vllava.evaluation.generate import Asking, answer
-from vllava.evaluation.outcome import Asked, figures_of, keep, write_exports, write_held_out, write_result_of
+from vllava.evaluation.outcome import Asked, Tell, figures_of, keep, write_exports, write_held_out, write_result_of
 from vllava.evaluation.predictions import Predictions
 from vllava.evaluation.questions import Answer, Question
 from vllava.folders import sha256_of
@@ -56,6 +56,7 @@ def evaluate(
     benchmark: Benchmark | None = None,
     judge: Callable[[], Any] | None = None,
     trainer: L.Trainer | None = None,
+    tell: Tell | None = None,
 ) -> dict:
     """Ask a checkpoint every question of a benchmark, have the answers judged and scored, and write what was found.
 
@@ -66,7 +67,7 @@ def evaluate(
     and template: of the prompt, if not as the benchmark has them; num_frames: of a video, if not as in training.
     `shown` questions of each medium, and the loss curves `plots` (name -> PNG file), go into the report.
     search: folders to look into for what the checkpoint does not hold itself. runs: a folder of runs, of which one in
-    which the same was asked has the answers already.
+    which the same was asked has the answers already. tell: who is given the result, and samples to show.
     Raises UserError for a missing checkpoint, for files of the benchmark that are not what they should be, and for a
     judge that cannot be asked, before the first question is.
     """
@@ -84,7 +85,10 @@ def evaluate(
         log.warning("%s: %s", benchmark.name, warning)
     require_questions(benchmark, questions, list(model.specs))
     asking = Asking(model, packer, decode, max_new_tokens or benchmark.max_new_tokens, batch_size, workers)
-    judging = judge() if judge is not None and needs_judge(benchmark, questions) else None
+    requests = benchmark.requests([Answer(question, "?") for question in questions])
+    judging = judge() if judge is not None and requests else None
+    if judging is not None:
+        judging.require(requests)
     parts = fingerprint(Path(checkpoint), description)
     how = {
         "benchmark": benchmark.name,
@@ -115,7 +119,7 @@ def evaluate(
     )
     asked = Asked(benchmark, seen, unseen, said, model_of(checkpoint, description, parts), decode)
     seconds = round(time.time() - started, 1)
-    result = write_result_of(asked, folder, judging, Path(runs or run_dir) / REPLIES, seconds)
+    result = write_result_of(asked, folder, judging, Path(runs or run_dir) / REPLIES, seconds, tell)
     if isinstance(benchmark, HeldOut):
         curves = {name: Path(path) for name, path in (plots or {}).items()}
         metrics = write_held_out(benchmark, seen, unseen, folder, checkpoint, decode, shown, curves)
@@ -131,11 +135,6 @@ def model_of(path: str, description: Description, parts: Mapping[str, str]) -> r
     origin = "port" if plain else "original" if description.origin else "vllava"
     whole = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return results.Model(path, whole, origin, None if video is None else not plain)
-
-
-def needs_judge(benchmark: Benchmark, questions: Sequence[Question]) -> bool:
-    """Whether any answer to these would be put before a judge."""
-    return bool(benchmark.requests([Answer(question, "?") for question in questions]))
 
 
 def _answers(

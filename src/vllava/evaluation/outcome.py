@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from vllava.model.device import device_name
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
+Tell = Callable[[Result, list[dict[str, Any]]], object]
 
 
 def write_held_out(
@@ -92,10 +93,13 @@ class Asked:
     decode: SampleDecoder
 
 
-def write_result_of(asked: Asked, folder: Path, judge: Any, replies: Path, seconds: float) -> Result | None:
+def write_result_of(
+    asked: Asked, folder: Path, judge: Any, replies: Path, seconds: float, tell: Tell | None = None
+) -> Result | None:
     """Have the answers judged and scored, and write result.json; None where nobody judges what needs a judge.
 
-    For whatever is no held-out sample, report.html too. replies: the folder of what judges said.
+    For whatever is no held-out sample, report.html too. replies: the folder of what judges said. tell: who is given the
+    result and some samples.
     """
     benchmark = asked.benchmark
     judged = [_judged(benchmark, answers, judge, replies) for answers in (asked.seen, asked.unseen)]
@@ -121,9 +125,13 @@ def write_result_of(asked: Asked, folder: Path, judge: Any, replies: Path, secon
     for warning in judged[0].warnings:
         log.warning("%s: %s", benchmark.name, warning)
     write_result(folder, result, draws)
-    if not isinstance(benchmark, HeldOut):
-        write_result_page(folder, result, samples(asked, verdicts))
+    has_own_page = isinstance(benchmark, HeldOut)
+    shown = samples(asked, verdicts) if tell or not has_own_page else []
+    if not has_own_page:
+        write_result_page(folder, result, shown)
         print(lines(result))
+    if tell:
+        tell(result, shown)
     return result
 
 

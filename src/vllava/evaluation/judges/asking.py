@@ -102,6 +102,10 @@ class ModelJudge(ABC):
     def ask(self, cases: Sequence[Case], store: Store, say: Say) -> None:
         """Put replies of all cases into the store; raises UserError where that ends early, what came is kept."""
 
+    def require(self, requests: Sequence[Request]) -> None:
+        """Raises UserError, before anything is computed, where these requests cannot be made whatever is answered."""
+        self._cases(requests)
+
     def judge(self, requests: Sequence[Request], store: str | Path, say: Say = print) -> Judged:
         """Verdicts about all requests; `store` is the folder of the replies, of this run and of others.
 

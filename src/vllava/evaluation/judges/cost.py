@@ -52,12 +52,17 @@ class Estimate:
         return text + f"That costs about {cost:,.2f}, and more where replies have to be asked for again."
 
 
+def has_terminal() -> bool:
+    """Whether there is somebody who can be asked."""
+    return bool(sys.stdin) and sys.stdin.isatty()
+
+
 def consent(told: str, yes: bool, say: Say) -> None:
     """Say what it costs and ask whether to begin; raises UserError where nobody says yes."""
     say(told)
     if yes:
         return
-    if not sys.stdin or not sys.stdin.isatty():
+    if not has_terminal():
         raise UserError(
             f"The judge was not asked: {told} Nobody can be asked here whether to begin, for there is no terminal: "
             "judge.yes=true says so beforehand. The predictions are kept."

@@ -19,6 +19,9 @@ class NoJudge:
 
     name = "none"
 
+    def require(self, requests: Sequence[Request]) -> None:
+        """Nothing is needed."""
+
     def judge(self, requests: Sequence[Request], store: str | Path, say: Callable[[str], object] = print) -> Judged:
         """No verdicts. Nothing is written to `store`."""
         return Judged({}, {"name": self.name, "requests": len(requests), "judged": 0, "unjudged": len(requests)})
@@ -30,11 +33,8 @@ class ExactJudge:
 
     name = "exact"
 
-    def judge(self, requests: Sequence[Request], store: str | Path, say: Callable[[str], object] = print) -> Judged:
-        """{"pred": "yes" or "no"} for each request, without a score. Nothing is written to `store`.
-
-        Raises UserError for prompts that ask for more than whether a prediction is right.
-        """
+    def require(self, requests: Sequence[Request]) -> None:
+        """Raises UserError for prompts that ask for more than whether a prediction is right."""
         prompts = read_prompts()
         for request in requests:
             words = {field.name: set(field.one_of) for field in prompts[request.prompt].fields}
@@ -43,6 +43,10 @@ class ExactJudge:
                     f"judge=exact cannot judge what conf/judge/prompts/{request.prompt}.yaml asks for: an exact match "
                     "says right or wrong and no more. judge=openai and judge=local can; judge=none judges nothing."
                 )
+
+    def judge(self, requests: Sequence[Request], store: str | Path, say: Callable[[str], object] = print) -> Judged:
+        """{"pred": "yes" or "no"} for each request, without a score. Nothing is written to `store`."""
+        self.require(requests)
         verdicts = {request.id: _verdict(request) for request in requests}
         about = {"name": self.name, "requests": len(requests), "judged": len(requests), "unjudged": 0}
         return Judged(verdicts, about)

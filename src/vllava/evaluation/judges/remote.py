@@ -14,7 +14,7 @@ from vllava.checks import Count, NotNegative, Positive, Range, Whole, hints_of, 
 from vllava.data.address import shown
 from vllava.errors import UserError
 from vllava.evaluation.judges.asking import Case, Judged, ModelJudge, Say
-from vllava.evaluation.judges.cost import Estimate, Price, Purse, consent
+from vllava.evaluation.judges.cost import Estimate, Price, Purse, consent, has_terminal
 from vllava.evaluation.judges.endpoint import Endpoint, GaveUpError, RefusedError, quiet_libraries
 from vllava.evaluation.judges.store import Reply, Store
 from vllava.evaluation.questions import Request
@@ -73,6 +73,19 @@ class OpenAiJudge(ModelJudge):
             "options": self.options,
         }
 
+    def require(self, requests: Sequence[Request]) -> None:
+        super().require(requests)
+        if not self._begins_unasked and not has_terminal():
+            raise UserError(
+                "judge=openai asks before it spends anything, and there is no terminal to ask at: judge.yes=true says "
+                "so beforehand, and judge.budget=… or judge.max_requests=… limit what is spent."
+            )
+
+    @property
+    def _begins_unasked(self) -> bool:
+        price = self._purse.price
+        return self.yes or (price is not None and price.of(1, 1) == 0)
+
     def judge(self, requests: Sequence[Request], store: Any, say: Say = print) -> Judged:
         judged = super().judge(requests, store, say)
         tokens, price = judged.about["tokens"], self._purse.price
@@ -81,9 +94,7 @@ class OpenAiJudge(ModelJudge):
         return judged
 
     def ask(self, cases: Sequence[Case], store: Store, say: Say) -> None:
-        price = self._purse.price
-        free = price is not None and price.of(1, 1) == 0
-        consent(Estimate.of(cases).told(self.model, price), self.yes or free, say)
+        consent(Estimate.of(cases).told(self.model, self._purse.price), self._begins_unasked, say)
         quiet_libraries()
         with tqdm(total=len(cases), desc="judging", unit=" requests", disable=None, leave=False) as bar:
             asyncio.run(_Round(self, store, say, bar).run(cases))
