@@ -22,7 +22,7 @@ demo: setup ## toy data, stage 1, stage 2, evaluation, report: outputs/demo
 	$(BIN)/python train.py +experiment=full world=data/demo run_dir=$(DEMO)
 
 test: setup ## the test suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: setup ## a hundred kills of runs, which have to end as undisturbed ones (a quarter of an hour or more): outputs/soak
 	$(BIN)/python tests/soak.py --kills 100 --seed 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads that wait for a core slow all down
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a path that is not there must fail, not be looked up on a hub
 
 import pytest
