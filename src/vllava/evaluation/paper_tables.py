@@ -150,7 +150,7 @@ class _Layout:
 
     def _papers_judges(self) -> str:
         known = [paper()["benchmarks"].get(one.benchmark, {}).get("judge") for one in self.results]
-        named = " and ".join(dict.fromkeys(one for one in known if one))
+        named = " and ".join(dict.fromkeys(one for one in known if one)) or "the judge of then"
         return f"as published: {named}, as it answered then, with the prompts of then."
 
     def _judge(self, one: str) -> str:
