@@ -69,7 +69,8 @@ class VideoQA(Benchmark):
         ]
 
     def rows(self, answers: Sequence[Answer], verdicts: Mapping[str, Verdict]) -> list[Row]:
-        scores = any("score" in (verdict.values or {}) for verdict in verdicts.values())
+        judged = [verdict.values for verdict in verdicts.values() if verdict.values is not None]
+        scores = not judged or any("score" in values for values in judged)  # an exact match gives none
         return [_row(answer, verdicts.get(answer.question.id), scores) for answer in answers]
 
     def exports(self, answers: Sequence[Answer]) -> dict[str, Any]:
