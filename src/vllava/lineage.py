@@ -18,7 +18,7 @@ from vllava.config import composed_beside, run_name
 from vllava.errors import UserError
 from vllava.identity import Identity, differences, identity_of, in_words, is_checkpoint
 from vllava.imported import IMPORTED, imported
-from vllava.runs import Run, finished_runs, read_run
+from vllava.runs import Run, finished_runs, read_run, tell
 
 AUTO = "auto"
 PROJECTOR = "checkpoint/projector.safetensors"
@@ -62,7 +62,7 @@ def _meant(cfg: DictConfig, experiment: str, key: str, result: str) -> Run:
     fitting = [(run, found) for run, found in unlike if all(map(OWN.match, found))]
     if same or len(fitting) == 1:
         run, found = (same[0], {}) if same else fitting[0]
-        print(f"{key}: {run.folder / result}" + (f" ({_unlike(found)})" if found else ""), flush=True)
+        tell(f"{key}: {run.folder / result}" + (f" ({_unlike(found)})" if found else ""))
         return run
     expected = runs / run_name(experiment, cfg.ablation, cfg.seed, *HydraConfig.get().overrides.task) / result
     if not candidates:

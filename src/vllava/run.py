@@ -39,7 +39,7 @@ from vllava.model.mapped import with_weights
 from vllava.model.precision import set_precision
 from vllava.model.video_llava import VideoLlava
 from vllava.options import cut_short, extra_callbacks, implied, in_words, with_extras
-from vllava.runs import RESUME, Run, claim, is_first_process, occupied, place, read_run
+from vllava.runs import RESUME, Run, claim, is_first_process, occupied, place, read_run, tell
 from vllava.stops import Stops
 from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, Throughput, progress_bar
@@ -99,7 +99,7 @@ def say_finished(folder: Path) -> None:
     """What is said to somebody who starts a finished run again."""
     found = read_run(folder)
     ended = f" ({found.ended})" if found else ""
-    print(f"{folder} is finished{ended}, with the same settings: nothing to do. rerun=true runs it again, elsewhere.")
+    tell(f"{folder} is finished{ended}, with the same settings: nothing to do. rerun=true runs it again, elsewhere.")
 
 
 def tidy(cfg: DictConfig, folder: Path) -> None:
@@ -220,7 +220,7 @@ def unfinished(run_dir: Path, settings: Any) -> str | None:
         part.write_text(yaml.safe_dump(settings, sort_keys=False))
     if not states:
         return None
-    print(f"resuming the interrupted run in {run_dir}", flush=True)
+    tell(f"resuming the interrupted run in {run_dir}")
     return str(states[0])
 
 

@@ -104,6 +104,12 @@ def is_first_process() -> bool:
     return not getattr(rank_zero_only, "rank", 0)
 
 
+def tell(text: str) -> None:
+    """Print what concerns all processes of a run, once."""
+    if is_first_process():
+        print(text, flush=True)
+
+
 # --- taking a folder --------------------------------------------------------------------------------------------------
 
 
