@@ -1,0 +1,132 @@
+"""A study as its folder tells of it: study.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllava.checks import require, require_all
+from vllava.errors import UserError, reading, require_known
+
+FILE = "study.json"
+FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
+FIGURES = ("image", "video", "text", "probes")  # what a claim can be about: see `answers.figure_of`
+EVALUATE = "evaluate"  # the part of a run that answered the questions
+_REMEDY = "A study writes it anew when it is started again: what is finished is not run again."
+_CLAIM = {"says": str, "against": str, "figure": str}
+_STUDY: dict[str, Any] = {
+    **{"name": str, "title": str, "baseline": str, "seeds": list[int], "axis": str | None},
+    **{"arms": dict[str, Any], "levels": dict[str, Any], "claims": dict[str, Any], "runs": list[dict[str, Any]]},
+}
+_RUN = {"arm": str, "level": str, "seed": int, "state": str, "error": str | None, "parts": dict[str, str]}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That the baseline answers more than the arm `against`, of the questions that a figure is made of."""
+
+    name: str
+    says: str
+    against: str
+    figure: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm at one level with one seed. parts: experiment -> folder; error: the paragraph that it failed with."""
+
+    arm: str
+    level: str
+    seed: int
+    state: str
+    error: str | None
+    parts: dict[str, Path]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.arm} at {self.level}, seed {self.seed}" if self.level != "all" else f"{self.arm}, seed {self.seed}"
+        )
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """levels: name -> where it stands on the axis, None where it stands nowhere; one alone where there is no axis."""
+
+    path: Path
+    name: str
+    title: str
+    baseline: str
+    seeds: list[int]
+    arms: list[str]
+    axis: str | None
+    levels: dict[str, float | None]
+    claims: list[Claim]
+    runs: list[Run]
+
+
+def is_study(path: str | Path) -> bool:
+    """Whether a path is a study's folder, or its file."""
+    return Path(path).name == FILE or (Path(path) / FILE).is_file()
+
+
+def read_study(path: str | Path) -> StudyFile:
+    """Read a study's folder, or its study.json; raises UserError, which names the file, where it is not whole."""
+    file = Path(path) if Path(path).name == FILE else Path(path) / FILE
+    with reading(file, _REMEDY):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            return _study(file, content)
+        except UserError as error:
+            raise UserError(f"{file} is damaged: {error} {_REMEDY}") from error
+
+
+def _study(file: Path, content: Any) -> StudyFile:
+    require("it", content, dict[str, Any])
+    _whole("it", content, _STUDY)
+    arms = list(content["arms"])
+    require_known("baseline (of the study's arms)", [content["baseline"]], arms)
+    levels = {}
+    for name, level in content["levels"].items():
+        x = level.get("x") if isinstance(level, dict) else None
+        require(f"levels.{name}.x", x, float | None)
+        levels[name] = None if x is None else float(x)
+    return StudyFile(
+        file,
+        content["name"],
+        content["title"],
+        content["baseline"],
+        content["seeds"],
+        arms,
+        content["axis"],
+        levels,
+        [_claim(name, claim, arms) for name, claim in content["claims"].items()],
+        [_run(file.parent, number, run, arms, levels) for number, run in enumerate(content["runs"])],
+    )
+
+
+def _claim(name: str, content: Any, arms: list[str]) -> Claim:
+    where = f"claims.{name}"
+    require(where, content, dict[str, Any])
+    _whole(where, content, _CLAIM)
+    require_known(f"{where}.against (of the study's arms)", [content["against"]], arms)
+    require_known(f"{where}.figure", [content["figure"]], FIGURES)
+    return Claim(name, content["says"], content["against"], content["figure"])
+
+
+def _run(folder: Path, number: int, content: dict[str, Any], arms: list[str], levels: dict[str, Any]) -> Run:
+    where = f"runs.{number}"
+    _whole(where, content, _RUN)
+    require_known(f"{where}.arm", [content["arm"]], arms)
+    require_known(f"{where}.level", [content["level"]], levels)
+    require_known(f"{where}.state", [content["state"]], (FINISHED, FAILED, UNFINISHED))
+    parts = {name: (folder / place).resolve() for name, place in content["parts"].items()}
+    return Run(content["arm"], content["level"], content["seed"], content["state"], content["error"], parts)
+
+
+def _whole(where: str, content: dict[str, Any], hints: dict[str, Any]) -> None:
+    """Raises UserError where a key is missing, or its value is of an odd kind; what else is there does not matter."""
+    if missing := [name for name in hints if name not in content]:
+        raise UserError(f"{where} lacks {', '.join(missing)}.")
+    require_all("" if where == "it" else where, content, hints)
