@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from vllava.errors import UserError, reading
 
 ANSWERS, METRICS = "answers.jsonl", "metrics.json"
+FIGURES = ("image", "video", "text", "probes")
 PROBES = "probes"  # how the name of a source of probes ends; its questions count for themselves
 SETTINGS = ("adversarial", "popular", "random")  # POPE's
 _NUMBER = re.compile(r"-\d+$")
@@ -23,21 +24,21 @@ _NUMBER = re.compile(r"-\d+$")
 class Asked:
     """A question that has a true answer, and how it was answered."""
 
-    figure: str
+    medium: str
     source: str
     type: str
     right: bool
     said_yes: bool
     truly_yes: bool
 
+    @property
+    def figure(self) -> str:
+        """The figure that it counts in: probes, wherever they are from, else its medium."""
+        return PROBES if self.source.endswith(PROBES) else self.medium
+
 
 Sheet = Mapping[str, Asked]  # what identifies a question -> what became of it, of one run
 Wanted = Callable[[Asked], bool]
-
-
-def figure_of(medium: str, source: str) -> str:
-    """The figure that a question counts in: probes, wherever they are from, else its medium."""
-    return PROBES if source.endswith(PROBES) else medium
 
 
 def read_sheet(folder: Path) -> Sheet:
@@ -54,8 +55,7 @@ def read_sheet(folder: Path) -> Sheet:
             if name in found:
                 raise UserError(f"{path}, line {number}: {row['key']} is asked the same twice.")
             said, truth = (str(row[one]).strip().rstrip(".").lower() == "yes" for one in ("answer", "truth"))
-            figure = figure_of(row["medium"], source)
-            found[name] = Asked(figure, source, row["type"], bool(row["correct"]), said, truth)
+            found[name] = Asked(row["medium"], source, row["type"], bool(row["correct"]), said, truth)
     return found
 
 
@@ -89,6 +89,11 @@ def aligned(ours: list[Sheet], others: list[Sheet], wanted: Wanted) -> tuple[np.
 
 def of_figure(figure: str) -> Wanted:
     return lambda asked: asked.figure == figure
+
+
+def of_types(medium: str, types: Sequence[str]) -> Wanted:
+    """The questions about a medium of these types and their kinds: exist is also exist_popular."""
+    return lambda asked: asked.medium == medium and any(f"{asked.type}_".startswith(f"{one}_") for one in types)
 
 
 def pope(sheet: Sheet, setting: str) -> dict[str, float] | None:

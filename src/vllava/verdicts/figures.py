@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllava.verdicts.answers import (
+    FIGURES,
     SETTINGS,
     Asked,
     Sheet,
@@ -19,7 +20,7 @@ from vllava.verdicts.answers import (
     share,
 )
 from vllava.verdicts.statistics import Spread, over_seeds
-from vllava.verdicts.study_file import EVALUATE, FAILED, FIGURES, FINISHED, UNFINISHED, StudyFile
+from vllava.verdicts.study_file import EVALUATE, FAILED, FINISHED, UNFINISHED, StudyFile
 
 Sheets = Mapping[tuple[str, str, int], Sheet]  # arm, level, seed
 

@@ -7,17 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vllava.errors import UserError
-from vllava.verdicts.answers import aligned, of_figure, share
+from vllava.verdicts.answers import FIGURES, Wanted, aligned, of_figure, of_types, share
 from vllava.verdicts.figures import Figure, Sheets, parts, read_sheets, seeds_of, settings, whole
 from vllava.verdicts.statistics import ALPHA, Gain, Spread, gain, holm
-from vllava.verdicts.study_file import FIGURES, Claim, StudyFile
+from vllava.verdicts.study_file import Claim, StudyFile
 
 REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "undecided at this size"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a claim at a level. gain: None where no seed has both arms. corrected: p by Holm's method."""
+    """What becomes of a claim at a level. gain: None where no seed has both arms. corrected: p by Holm's method.
+
+    by_seed: seed -> gain.
+    """
 
     claim: Claim
     level: str
@@ -60,13 +63,14 @@ def find(study: StudyFile) -> Findings:
     for arm in (arm for arm in study.arms if arm != study.baseline):
         for level in study.levels:
             for figure in FIGURES:
-                if (found := _gain(study, sheets, arm, level, figure)) is not None:
+                found = _gain(sheets, study.baseline, arm, level, of_figure(figure))
+                if found is not None:
                     gains[arm, level, figure] = found[0]
-                    if found[1]:
-                        remarks.append(
-                            f"{arm} and {study.baseline} were not asked all the same {figure} questions: "
-                            f"{found[1]:,} that some runs lack are left out of the difference."
-                        )
+                if found is not None and found[1]:
+                    remarks.append(
+                        f"{arm} and {study.baseline} were not asked all the same {figure} questions: {found[1]:,} that "
+                        f"some runs lack are left out of the difference."
+                    )
     lonely = [arm for arm in study.arms if len({seed for one, _, seed in sheets if one == arm}) == 1]
     if lonely:
         remarks.append(f"With one seed, nothing is known about seeds: {', '.join(lonely)}.")
@@ -75,7 +79,7 @@ def find(study: StudyFile) -> Findings:
         whole(study, sheets),
         parts(study, sheets),
         {arm: rows for arm in study.arms if (rows := settings(study, sheets, arm))},
-        _verdicts(study, sheets, gains),
+        _verdicts(study, sheets),
         gains,
         rule(study),
         missing,
@@ -86,46 +90,47 @@ def find(study: StudyFile) -> Findings:
 def rule(study: StudyFile) -> str:
     """How a verdict comes about, in words."""
     tests = len(study.claims) * len(study.levels)
-    counted = f"the {tests} that are tested here" if tests != 1 else "one test"
     return (
-        f"{REPRODUCED}: {study.baseline} answers more of the same questions than the system it is compared with, with "
-        f"p < {ALPHA:g} over seeds and questions, corrected for {counted} (Holm). {NOT_REPRODUCED}: it answers fewer, "
-        f"with such a p. {UNDECIDED}: anything else, one seed alone among it."
+        f"{REPRODUCED}: the system that the claim calls better answers more of the same questions than the other, with "
+        f"p < {ALPHA:g} over seeds and questions, corrected by Holm's method for the {tests} made here. "
+        f"{NOT_REPRODUCED}: it answers fewer, with such a p. {UNDECIDED}: anything else, one seed alone among it."
     )
 
 
-def _gain(study: StudyFile, sheets: Sheets, arm: str, level: str, figure: str) -> tuple[Gain, int] | None:
-    """How much more the baseline answers than an arm, with the seeds that both have; how many questions some lack."""
-    seeds = _both(study, sheets, arm, level, figure)
+def _gain(sheets: Sheets, ours: str, other: str, level: str, wanted: Wanted) -> tuple[Gain, int] | None:
+    """How much more an arm answers than another, with the seeds that both have; how many questions some lack."""
+    seeds = _both(sheets, ours, other, level, wanted)
     if not seeds:
         return None
-    ours, others = ([sheets[one, level, seed] for seed in seeds] for one in (study.baseline, arm))
-    a, b, lacking = aligned(ours, others, of_figure(figure))
+    mine, others = ([sheets[arm, level, seed] for seed in seeds] for arm in (ours, other))
+    a, b, lacking = aligned(mine, others, wanted)
     return (gain(a, b), lacking) if a.size else None
 
 
-def _both(study: StudyFile, sheets: Sheets, arm: str, level: str, figure: str) -> list[int]:
-    def has(one: str, seed: int) -> bool:
-        return any(asked.figure == figure for asked in sheets[one, level, seed].values())
+def _both(sheets: Sheets, ours: str, other: str, level: str, wanted: Wanted) -> list[int]:
+    """The seeds with which both were asked such questions."""
+    shared = set(seeds_of(sheets, ours, level)) & set(seeds_of(sheets, other, level))
+    return sorted(
+        seed for seed in shared if all(any(map(wanted, sheets[arm, level, seed].values())) for arm in (ours, other))
+    )
 
-    shared = set(seeds_of(sheets, study.baseline, level)) & set(seeds_of(sheets, arm, level))
-    return sorted(seed for seed in shared if has(study.baseline, seed) and has(arm, seed))
 
-
-def _verdicts(study: StudyFile, sheets: Sheets, gains: Mapping[tuple[str, str, str], Gain]) -> list[Verdict]:
+def _verdicts(study: StudyFile, sheets: Sheets) -> list[Verdict]:
     pairs = [(level, claim) for level in study.levels for claim in study.claims]
-    found = [gains.get((claim.against, level, claim.figure)) for level, claim in pairs]
-    corrected = holm([one.p if one is not None and one.seeds > 1 else math.nan for one in found])
-    verdicts = []
-    for (level, claim), one, p in zip(pairs, found, corrected, strict=True):
-        by_seed = {}
-        for seed in _both(study, sheets, claim.against, level, claim.figure):
-            ours, others = (
-                share(sheets[arm, level, seed], of_figure(claim.figure)) for arm in (study.baseline, claim.against)
-            )
-            by_seed[seed] = (ours or 0.0) - (others or 0.0)
-        verdicts.append(Verdict(claim, level, one, by_seed, p, *_ruling(one, p)))
-    return verdicts
+    found: list[tuple[Gain | None, dict[int, float]]] = []
+    for level, claim in pairs:
+        wanted = of_types(claim.medium, claim.types) if claim.types else of_figure(claim.medium)
+        one = _gain(sheets, claim.better, claim.worse, level, wanted)
+        shares = {
+            seed: [share(sheets[arm, level, seed], wanted) or 0.0 for arm in (claim.better, claim.worse)]
+            for seed in _both(sheets, claim.better, claim.worse, level, wanted)
+        }
+        found.append((one[0] if one is not None else None, {seed: a - b for seed, (a, b) in shares.items()}))
+    corrected = holm([one.p if one is not None and one.seeds > 1 else math.nan for one, _ in found])
+    return [
+        Verdict(claim, level, one, by_seed, p, *_ruling(one, p))
+        for (level, claim), (one, by_seed), p in zip(pairs, found, corrected, strict=True)
+    ]
 
 
 def _ruling(found: Gain | None, corrected: float) -> tuple[str, str]:

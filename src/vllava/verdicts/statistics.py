@@ -33,8 +33,8 @@ class Gain:
     """How much larger a share of right answers is than another's on the same questions, its interval, and its p.
 
     over: what the interval speaks for: "seeds and questions", or "questions" alone where there is one seed. freedom:
-    the degrees of freedom of its t distribution. seeds, questions: how many were compared. better, worse: answers, over all
-    seeds, that were right here alone and there alone. effect: Cohen's h of the two shares. mended: the share of the
+    the degrees of freedom of its t distribution. seeds, questions: how many were compared. better, worse: answers, over
+    all seeds, that were right here alone and there alone. effect: Cohen's h of the two shares. mended: the share of the
     other's errors that are gone; NaN where it has none.
     """
 
@@ -75,10 +75,11 @@ def gain(ours: np.ndarray, others: np.ndarray) -> Gain:
     rest counts as the rest's, so that an interval is rather too wide than too narrow.
     With one seed: McNemar's exact test and the t interval, over questions alone.
     """
+    shape = np.shape(ours)
+    if len(shape) != 2 or 0 in shape or shape != np.shape(others):
+        raise ValueError(f"the same seeds' answers to the same questions are needed: {shape}, {np.shape(others)}")
     d = np.asarray(ours, float) - np.asarray(others, float)
-    if d.ndim != 2 or 0 in d.shape or np.shape(ours) != np.shape(others):
-        raise ValueError(f"answers of the same seeds to the same questions are needed, not {d.shape}")
-    seeds, questions = d.shape
+    seeds, questions = shape
     value = float(d.mean())
     better, worse = float(d[d > 0].sum()), float(-d[d < 0].sum())
     variance, freedom = _variance(d) if seeds > 1 else _over_questions(d[0])

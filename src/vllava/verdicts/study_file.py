@@ -12,10 +12,11 @@ from vllava.errors import UserError, reading, require_known
 
 FILE = "study.json"
 FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
-FIGURES = ("image", "video", "text", "probes")  # what a claim can be about: see `answers.figure_of`
+MEDIA = ("image", "video", "text")
 EVALUATE = "evaluate"  # the part of a run that answered the questions
 _REMEDY = "A study writes it anew when it is started again: what is finished is not run again."
-_CLAIM = {"says": str, "against": str, "figure": str}
+_CLAIM: dict[str, Any] = {"says": str, "medium": str, "better": str, "worse": list[str]}
+_MORE: dict[str, Any] = {"types": list[str] | None, "paper": str | None}  # that a claim may also say
 _STUDY: dict[str, Any] = {
     **{"name": str, "title": str, "baseline": str, "seeds": list[int], "axis": str | None},
     **{"arms": dict[str, Any], "levels": dict[str, Any], "claims": dict[str, Any], "runs": list[dict[str, Any]]},
@@ -25,12 +26,19 @@ _RUN = {"arm": str, "level": str, "seed": int, "state": str, "error": str | None
 
 @dataclass(frozen=True)
 class Claim:
-    """That the baseline answers more than the arm `against`, of the questions that a figure is made of."""
+    """That `better` answers more than `worse` of the held-out questions of a medium, or of some types of these alone.
+
+    types: those of such a name, and their kinds (exist: exist_popular, …); empty for all but probes, which are a set of
+    their own. paper: where the paper says it.
+    """
 
     name: str
     says: str
-    against: str
-    figure: str
+    medium: str
+    better: str
+    worse: str
+    types: tuple[str, ...] = ()
+    paper: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,18 +109,25 @@ def _study(file: Path, content: Any) -> StudyFile:
         arms,
         content["axis"],
         levels,
-        [_claim(name, claim, arms) for name, claim in content["claims"].items()],
+        [one for name, claim in content["claims"].items() for one in _claims(name, claim, arms)],
         [_run(file.parent, number, run, arms, levels) for number, run in enumerate(content["runs"])],
     )
 
 
-def _claim(name: str, content: Any, arms: list[str]) -> Claim:
+def _claims(name: str, content: Any, arms: list[str]) -> list[Claim]:
+    """A claim against each of the systems that it names."""
     where = f"claims.{name}"
     require(where, content, dict[str, Any])
+    require_known(where, content, {**_CLAIM, **_MORE})
     _whole(where, content, _CLAIM)
-    require_known(f"{where}.against (of the study's arms)", [content["against"]], arms)
-    require_known(f"{where}.figure", [content["figure"]], FIGURES)
-    return Claim(name, content["says"], content["against"], content["figure"])
+    require_all(where, content, _MORE)
+    require_known(f"{where} (of the study's arms)", [content["better"], *content["worse"]], arms)
+    require_known(f"{where}.medium", [content["medium"]], MEDIA)
+    types, paper = tuple(content.get("types") or ()), content.get("paper") or ""
+    return [
+        Claim(name, content["says"], content["medium"], content["better"], worse, types, paper)
+        for worse in content["worse"]
+    ]
 
 
 def _run(folder: Path, number: int, content: dict[str, Any], arms: list[str], levels: dict[str, Any]) -> Run:
