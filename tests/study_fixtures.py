@@ -106,8 +106,8 @@ def write_study(folder, skills, seeds=(1, 2, 3), states=None, levels=None, axis=
                             rows = history(max(skill.values()), seed)
                             text = "".join(json.dumps(row) + "\n" for row in rows)
                             (folder / place / "history.jsonl").write_text(text)
-                runs.append({"arm": arm, "level": level, "seed": seed, "state": "finished", "error": None, "parts": parts,
-                             "overrides": [], "seconds": 600.0, "ended": "2026-01-01 12:00", **other})  # fmt: skip
+                runs.append({"arm": arm, "level": level, "seed": seed, "state": "finished", "error": None,
+                             "parts": parts, "overrides": [], "seconds": 600.0, "ended": "2026-01-01", **other})  # fmt: skip
     content = {
         "name": "paper", "title": "The paper's ablations", "baseline": "united", "seeds": list(seeds),
         "chain": ["stage1", "stage2", "evaluate"], "arms": {arm: {"overrides": []} for arm in skills}, "axis": axis,

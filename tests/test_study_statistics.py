@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from statsmodels.regression.mixed_linear_model import MixedLM
+from statsmodels.regression.mixed_linear_model import MixedLM, VCSpec
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint, proportion_effectsize
 
@@ -98,6 +98,7 @@ def test_what_is_not_in_pairs_is_refused(shapes):
 # --- against other packages -------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=15, deadline=None)  # statsmodels takes its time
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_as_statsmodels_has_it(ps):
     assert holm(ps) == pytest.approx(multipletests(ps, method="holm")[1])
@@ -120,8 +121,6 @@ def test_the_gain_is_that_of_a_mixed_model_fitted_by_reml():
     found = gain(d, np.zeros_like(d) + 0.5)
     seed, question = (one.ravel() for one in np.indices(d.shape))
     parts = {"seed": np.eye(seeds)[seed], "question": np.eye(questions)[question]}
-    from statsmodels.regression.mixed_linear_model import VCSpec
-
     spec = VCSpec(
         list(parts), [[[f"{name}{n}" for n in range(one.shape[1])]] for name, one in parts.items()],
         [[one] for one in parts.values()],
