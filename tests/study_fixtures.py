@@ -107,7 +107,7 @@ def write_study(folder, skills, seeds=(1, 2, 3), states=None, levels=None, axis=
                             text = "".join(json.dumps(row) + "\n" for row in rows)
                             (folder / place / "history.jsonl").write_text(text)
                 runs.append({"arm": arm, "level": level, "seed": seed, "state": "finished", "error": None,
-                             "parts": parts, "overrides": [], "seconds": 600.0, "ended": "2026-01-01", **other})  # fmt: skip
+                             "parts": parts, "overrides": [], "seconds": 600.0, "ended": "2026", **other})  # fmt: skip
     content = {
         "name": "paper", "title": "The paper's ablations", "baseline": "united", "seeds": list(seeds),
         "chain": ["stage1", "stage2", "evaluate"], "arms": {arm: {"overrides": []} for arm in skills}, "axis": axis,

@@ -60,7 +60,7 @@ def write(path: Path, text: str) -> None:
 
 
 def on_study(path: Path, form: str | None, out: Path | None) -> str:
-    """The report of a study, in one format, to be shown or in a file; or all three in its folder. Returns what to print.
+    """The report of a study in one format, on the screen or in a file; or all three in its folder. Returns what to say.
 
     Raises UserError where the study cannot be read, or has no finished run.
     """

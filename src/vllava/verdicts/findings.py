@@ -144,4 +144,5 @@ def _ruling(found: Gain | None, corrected: float) -> tuple[str, str]:
     if corrected < ALPHA:
         return (REPRODUCED if found.value > 0 else NOT_REPRODUCED), f"{said}."
     most = f"a gain above {100 * found.high:.1f} points is unlikely" if found.high > 0 else "a gain is unlikely"
-    return UNDECIDED, f"{said}: seeds and questions alone may make such a difference; {most}."
+    chance = "among so many tests" if found.p < ALPHA else "by seeds and questions alone"
+    return UNDECIDED, f"{said}: {chance} such a difference may come about; {most}."

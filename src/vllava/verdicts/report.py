@@ -22,14 +22,14 @@ from vllava.verdicts.tables import TITLES, tables_of
 HOW = (
     "An accuracy is the share of questions answered right, in percent. Over seeds: the mean of the finished ones, with "
     "Student's 95 % interval of that mean, and the wider one in which one more seed is expected.",
-    "A difference is taken question by question and seed by seed: the same seeds of both systems on the same questions. "
-    "It is that of a linear mixed model in which seeds and questions are crossed random effects, fitted from its mean "
+    "A difference is taken question by question and seed by seed, the same seeds of both on the same questions, "
+    "by a linear mixed model in which seeds and questions are crossed random effects, fitted from its mean "
     "squares (which is what REML gives for a layout without gaps) and tested by Student's t with Satterthwaite's "
     "degrees of freedom. So the interval speaks for other seeds and for other questions of the same kind. A bootstrap "
     "over both was not taken: three to five seeds are too few to draw from. In simulation its 95 % intervals held the "
     "truth in 81 to 97 % of studies, depending on how much seeds differ, those of the model in 93 to 99 %.",
     "With one seed the test is McNemar's, over questions alone: it cannot tell a better system from a lucky seed, so "
-    "there is no verdict. p is corrected by Holm's method for all tests of this page, also those that could not be made. "
+    "there is no verdict. p is corrected by Holm's method for all tests here, also those that could not be made. "
     "Cohen's h: 0.2 is a small effect, 0.5 a medium, 0.8 a large one. Errors mended: the share of the other system's "
     "errors that the better one does not make.",
     "Runs that failed or are not finished are named above and count in nothing.",
