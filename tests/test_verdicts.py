@@ -278,7 +278,7 @@ def test_json_has_the_numbers_and_null_for_what_is_not_defined(tmp_path):
     assert content["figures"][0]["spread"]["mean"] == pytest.approx(accuracy(folder, "united", 1, "image"))
 
 
-def test_over_levels_every_claim_has_a_curve_and_all_tests_are_corrected_for_together(tmp_path):
+def test_over_levels_every_claim_has_a_curve_and_each_level_is_corrected_for_itself(tmp_path):
     skills = {
         "united": lambda x: {"image": 1.5 + 2 * x, "video": 1.5, "probes": 1.5},
         "image_only": {"image": 1.5, "probes": 1.5},
@@ -292,7 +292,8 @@ def test_over_levels_every_claim_has_a_curve_and_all_tests_are_corrected_for_tog
     made = report_on(folder)
     rulings = {one.level: one.ruling for one in made.found.verdicts}
     assert rulings["most"] == REPRODUCED and rulings["few"] == UNDECIDED
-    assert "for the 3 made here" in made.found.rule
+    assert "for the 1 made at each level" in made.found.rule
+    assert all(one.corrected == one.gain.p for one in made.found.verdicts)
     page = as_html(made)
     assert "Joint training helps images (vs image_only)" in re.findall("<figcaption>(.*?)</figcaption>", page)
     assert "Images, by share of videos" in page and "few (0.13)" in page

@@ -79,7 +79,7 @@ def find(study: StudyFile) -> Findings:
         whole(study, sheets),
         parts(study, sheets),
         {arm: rows for arm in study.arms if (rows := settings(study, sheets, arm))},
-        _verdicts(study, sheets),
+        [one for level in study.levels for one in _verdicts(study, sheets, level)],
         gains,
         rule(study),
         missing,
@@ -89,10 +89,10 @@ def find(study: StudyFile) -> Findings:
 
 def rule(study: StudyFile) -> str:
     """How a verdict comes about, in words."""
-    tests = len(study.claims) * len(study.levels)
+    tests = f"{len(study.claims)} made {'here' if len(study.levels) == 1 else 'at each level'}"
     return (
         f"{REPRODUCED}: the system that the claim calls better answers more of the same questions than the other, with "
-        f"p < {ALPHA:g} over seeds and questions, corrected by Holm's method for the {tests} made here. "
+        f"p < {ALPHA:g} over seeds and questions, corrected by Holm's method for the {tests}. "
         f"{NOT_REPRODUCED}: it answers fewer, with such a p. {UNDECIDED}: anything else, one seed alone among it."
     )
 
@@ -115,10 +115,10 @@ def _both(sheets: Sheets, ours: str, other: str, level: str, wanted: Wanted) -> 
     )
 
 
-def _verdicts(study: StudyFile, sheets: Sheets) -> list[Verdict]:
-    pairs = [(level, claim) for level in study.levels for claim in study.claims]
+def _verdicts(study: StudyFile, sheets: Sheets, level: str) -> list[Verdict]:
+    """The verdicts at a level, each p corrected for all that are tested there."""
     found: list[tuple[Gain | None, dict[int, float]]] = []
-    for level, claim in pairs:
+    for claim in study.claims:
         wanted = of_types(claim.medium, claim.types) if claim.types else of_figure(claim.medium)
         one = _gain(sheets, claim.better, claim.worse, level, wanted)
         shares = {
@@ -129,7 +129,7 @@ def _verdicts(study: StudyFile, sheets: Sheets) -> list[Verdict]:
     corrected = holm([one.p if one is not None and one.seeds > 1 else math.nan for one, _ in found])
     return [
         Verdict(claim, level, one, by_seed, p, *_ruling(one, p))
-        for (level, claim), (one, by_seed), p in zip(pairs, found, corrected, strict=True)
+        for claim, (one, by_seed), p in zip(study.claims, found, corrected, strict=True)
     ]
 
 

@@ -19,7 +19,7 @@ from vllava.verdicts.findings import NOT_REPRODUCED, REPRODUCED, UNDECIDED, Find
 
 COLOURS = ("#1f4e9c", "#c2571a", "#7d5ba6", "#2e8b57", "#8a6d1b", "#b03060", "#3a8fa8", "#555555")
 RULINGS = {REPRODUCED: "#1a6b31", NOT_REPRODUCED: "#b42318", UNDECIDED: "#6b7688"}
-WIDTH = 4.6  # inches of 72 pixels
+WIDTH = 4.8  # inches of 72 pixels
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vllava",
@@ -44,7 +44,7 @@ def colours(arms: Sequence[str]) -> dict[str, str]:
 def forest(verdicts: Sequence[Verdict]) -> Plot:
     """The gain of every claim with its interval, in the colour of its verdict."""
     known = [one for one in verdicts if one.gain is not None][::-1]
-    canvas, axes = _axes(0.9 + 0.5 * len(known))
+    canvas, axes = _axes(0.9 + 0.55 * len(known))
     for place, one in enumerate(known):
         assert one.gain is not None
         colour = RULINGS[one.ruling]
@@ -97,7 +97,7 @@ def learning(curves: Sequence[Curve], arms: Sequence[str]) -> list[Plot]:
         axes.set_ylim(max(0.0, least - 0.05 * (np.nanmax(whole) - least)), float(np.nanmax(whole)))
         axes.set_xlabel("samples seen")
         axes.set_ylabel("nats per supervised token")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=9.5)
         what = "loss" if metric == "loss" else metric.replace("val_loss", "held-out loss").replace("/", ", ")
         plots.append(_drawn(canvas, f"{part}: {what}"))
     return plots
