@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.regression.mixed_linear_model import MixedLM, VCSpec
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint, proportion_effectsize
+from statsmodels.stats.proportion import proportion_effectsize
 
-from vllava.verdicts.statistics import cohens_h, gain, holm, over_seeds, wilson
+from vllava.verdicts.statistics import cohens_h, gain, holm, over_seeds
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
@@ -102,11 +102,6 @@ def test_what_is_not_in_pairs_is_refused(shapes):
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_as_statsmodels_has_it(ps):
     assert holm(ps) == pytest.approx(multipletests(ps, method="holm")[1])
-
-
-@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_the_interval_of_a_share_as_statsmodels_has_it(counts):
-    assert wilson(*counts) == pytest.approx(proportion_confint(*counts, method="wilson"), abs=1e-9)
 
 
 def test_the_gain_is_that_of_a_mixed_model_fitted_by_reml():

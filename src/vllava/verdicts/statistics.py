@@ -150,11 +150,3 @@ def holm(ps: Sequence[float]) -> list[float]:
             largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
             found[place] = largest
     return found
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The interval of a share of n answers, over questions alone."""
-    if not n:
-        return math.nan, math.nan
-    found = stats.binomtest(right, n).proportion_ci(LEVEL, "wilson")
-    return float(found.low), float(found.high)
