@@ -12,7 +12,8 @@ import numpy as np
 
 from vllava.verdicts.study_file import FINISHED, StudyFile
 
-HISTORY, LOSS, HELD_OUT = "history.jsonl", "loss", "val_loss"
+HISTORY, LOSS = "history.jsonl", "loss"
+HELD_OUT = {"val_loss": "held-out loss", "val_accuracy": "held-out accuracy"}  # and of a medium or a source: NAME/PART
 POINTS = 60  # of a curve of the loss of every step
 
 
@@ -64,7 +65,7 @@ def history(path: Path) -> list[dict[str, Any]]:
 
 
 def _drawn(name: str) -> bool:
-    return name in (LOSS, HELD_OUT) or name.startswith(f"{HELD_OUT}/")
+    return name == LOSS or name.partition("/")[0] in HELD_OUT
 
 
 def _series(rows: Sequence[dict[str, Any]], metric: str) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
-from vllava.verdicts.curves import Curve
+from vllava.verdicts.curves import HELD_OUT, Curve
 from vllava.verdicts.figures import Figure
 from vllava.verdicts.findings import NOT_REPRODUCED, REPRODUCED, UNDECIDED, Findings, Verdict
 
@@ -96,9 +96,10 @@ def learning(curves: Sequence[Curve], arms: Sequence[str]) -> list[Plot]:
         least = min(float(np.nanmin(one.low)) for one in own)
         axes.set_ylim(max(0.0, least - 0.05 * (np.nanmax(whole) - least)), float(np.nanmax(whole)))
         axes.set_xlabel("samples seen")
-        axes.set_ylabel("nats per supervised token")
+        axes.set_ylabel("nats per supervised token" if "loss" in metric else "share right")
         axes.legend(frameon=False, fontsize=9.5)
-        what = "loss" if metric == "loss" else metric.replace("val_loss", "held-out loss").replace("/", ", ")
+        name, _, of = metric.partition("/")
+        what = HELD_OUT.get(name, name) + (f", {of}" if of else "")
         plots.append(_drawn(canvas, f"{part}: {what}"))
     return plots
 

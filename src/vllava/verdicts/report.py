@@ -70,7 +70,7 @@ def counted(found: Findings) -> str:
 def in_brief(report: Report) -> str:
     """For a terminal: what is missing, and a line for each verdict."""
     found = report.found
-    lines = [f"{_title(found)}: {counted(found)}", *found.missing]
+    lines = [f"{title_of(found)}: {counted(found)}", *found.missing]
     for one in found.verdicts:
         level = f", {one.level}" if report.by_level else ""
         lines.append(f"{one.claim.says} (against {one.claim.worse}{level}): {one.ruling}. {one.why}")
@@ -84,7 +84,7 @@ def as_html(report: Report) -> str:
     environment.filters.update(p=_p, breaks=_breaks)
     source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(
-        title=_title(found),
+        title=title_of(found),
         counted=counted(found),
         found=found,
         by_level=report.by_level,
@@ -110,7 +110,7 @@ def plots_of(report: Report) -> list[Plot]:
 def as_text(report: Report) -> str:
     """Markdown: the verdicts, then the tables."""
     found = report.found
-    lines = [f"# {_title(found)}", "", counted(found), ""]
+    lines = [f"# {title_of(found)}", "", counted(found), ""]
     lines += [f"- {line}" for line in found.missing] + ([""] if found.missing else [])
     if found.verdicts:
         level = "level | " if report.by_level else ""
@@ -128,7 +128,7 @@ def as_json(report: Report) -> str:
     found = report.found
     content = {
         "name": found.study.name,
-        "title": _title(found),
+        "title": title_of(found),
         "baseline": found.study.baseline,
         "arms": found.study.arms,
         "levels": found.study.levels,
@@ -147,7 +147,8 @@ def as_json(report: Report) -> str:
     return json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n"
 
 
-def _title(found: Findings) -> str:
+def title_of(found: Findings) -> str:
+    """What a study is called."""
     return found.study.title or found.study.name
 
 
