@@ -27,7 +27,7 @@ HOW = (
     "squares (which is what REML gives for a layout without gaps) and tested by Student's t with Satterthwaite's "
     "degrees of freedom. So the interval speaks for other seeds and for other questions of the same kind. A bootstrap "
     "over both was not taken: three to five seeds are too few to draw from. In simulation its 95 % intervals held the "
-    "truth in 81 to 97 % of studies, depending on how much seeds differ, those of the model in 93 to 99 %.",
+    "truth in 80 to 99 % of studies, depending on how much seeds differ, those of the model in 93 to 99 %.",
     "With one seed the test is McNemar's, over questions alone: it cannot tell a better system from a lucky seed, so "
     "there is no verdict. p is corrected by Holm's method for all tests of a level, also those that could not be made. "
     "Cohen's h: 0.2 is a small effect, 0.5 a medium, 0.8 a large one. Errors mended: the share of the other system's "
