@@ -6,6 +6,7 @@ import re
 import sys
 
 import pytest
+import wandb_server
 from study_fixtures import SKILLS, write_study
 from test_training import Recorder, fit
 from test_watching import Rows
@@ -141,6 +142,45 @@ def test_the_plots_that_a_report_shows_are_those_that_the_studys_run_holds(study
     assert all(json.dumps(key) in media for key in keys)
 
 
+@pytest.fixture
+def server(logged_out, monkeypatch):
+    """A server, and a user who is logged in to it."""
+    running = WandbServer()
+    monkeypatch.setenv("WANDB_BASE_URL", running.url)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    yield running
+    running.close()
+
+
+def test_a_workspace_is_sent_as_it_is_shown(server, monkeypatch, capsys):
+    taken = []
+
+    def graph(handler, name, given, known=wandb_server._Handler.graph):
+        if name != "UpsertView2":
+            return known(handler, name, given)
+        taken.append(given)
+        return {"upsertView": {"view": {**given, "id": "v", "name": "nw-abc-v"}}}
+
+    monkeypatch.setattr(wandb_server._Handler, "graph", graph)
+    assert dashboard.main(["--entity", "me", "--project", "toy"]) == 0
+    assert "/me/toy?nw=abc" in capsys.readouterr().out
+    [given] = taken
+    assert (given["entityName"], given["projectName"], given["displayName"]) == (
+        "me",
+        "toy",
+        "stage2: systems and seeds",
+    )
+    sections = json.loads(given["spec"])["section"]["panelBankConfig"]["sections"]
+    assert [one["name"] for one in sections] == [*shown(capsys)[1]]
+
+
+def test_what_a_server_does_not_take_is_said_in_words(server):
+    text = refused()
+    assert (
+        text.startswith("error: W&B did not take the dashboard of me/toy (") and "UpsertView2 is not known here" in text
+    )
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -160,15 +200,9 @@ def test_without_a_key_it_is_said_how_to_get_one(logged_out):
 
 
 @pytest.mark.parametrize(("fault", "said"), [("nobody", "does not accept the key"), (503, "answers with HTTP 503")])
-def test_a_server_that_cannot_be_used_is_named(fault, said, logged_out, monkeypatch):
-    server = WandbServer()
+def test_a_server_that_cannot_be_used_is_named(fault, said, server):
     server.fault = fault
-    monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    try:
-        text = refused()
-    finally:
-        server.close()
+    text = refused()
     assert server.url in text and said in text
 
 

@@ -138,7 +138,7 @@ def test_p_is_corrected_for_all_tests_also_those_that_could_not_be_made(tmp_path
     known = sorted((one for one in found.verdicts if one.gain), key=lambda one: one.gain.p)
     assert len(found.verdicts) == 6 and len(known) == 4
     assert known[0].corrected == pytest.approx(min(1, 6 * known[0].gain.p))
-    assert "for the 6 made here" in found.rule
+    assert "for the 6 tests made here" in found.rule
 
 
 def test_a_claim_about_types_is_about_their_kinds_in_all_sources_of_the_medium(tmp_path):
@@ -292,7 +292,7 @@ def test_over_levels_every_claim_has_a_curve_and_each_level_is_corrected_for_its
     made = report_on(folder)
     rulings = {one.level: one.ruling for one in made.found.verdicts}
     assert rulings["most"] == REPRODUCED and rulings["few"] == UNDECIDED
-    assert "for the 1 made at each level" in made.found.rule
+    assert "for the 1 tests made at each level" in made.found.rule
     assert all(one.corrected == one.gain.p for one in made.found.verdicts)
     page = as_html(made)
     assert "Joint training helps images (vs image_only)" in re.findall("<figcaption>(.*?)</figcaption>", page)

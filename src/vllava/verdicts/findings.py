@@ -89,7 +89,7 @@ def find(study: StudyFile) -> Findings:
 
 def rule(study: StudyFile) -> str:
     """How a verdict comes about, in words."""
-    tests = f"{len(study.claims)} made {'here' if len(study.levels) == 1 else 'at each level'}"
+    tests = f"{len(study.claims)} tests made {'here' if len(study.levels) == 1 else 'at each level'}"
     return (
         f"{REPRODUCED}: the system that the claim calls better answers more of the same questions than the other, with "
         f"p < {ALPHA:g} over seeds and questions, corrected by Holm's method for the {tests}. "

@@ -99,15 +99,22 @@ def study_report(entity: str, project: str, experiment: str, study: Report) -> A
 def log_study(entity: str, project: str, study: Report, **settings: Any) -> None:
     """A run of its own that holds a study's plots, and its verdicts as a table; made again, it takes their place.
 
-    settings: of wandb.init.
+    W&B's files lie in the study's folder. settings: of wandb.init.
     """
     import wandb
 
     name = run_of(study)
-    config = {EXPERIMENT: "study", "study": study.found.study.name}
-    with wandb.init(
-        entity=entity, project=project, id=name, name=name, job_type="study", config=config, resume="allow", **settings
-    ) as run:
+    asked = {
+        "entity": entity,
+        "project": project,
+        "id": name,
+        "name": name,
+        "job_type": "study",
+        "config": {EXPERIMENT: "study", "study": study.found.study.name},
+        "dir": study.found.study.path.parent,
+        "resume": "allow",
+    }
+    with wandb.init(**{**asked, **settings}) as run:
         pictures = {key: wandb.Html(f'<img src="{plot.uri}" alt="{plot.title}">') for key, plot in _keyed(study)}
         run.log({**pictures, "study/verdicts": _verdicts(study)})
 
