@@ -343,6 +343,14 @@ def test_the_command_writes_one_format_where_it_is_told(whole, tmp_path, capsys)
     assert (tmp_path / "a/page.html").read_text().startswith("<!doctype html>")
 
 
+def test_the_pictures_of_a_markdown_file_lie_beside_it(whole, tmp_path):
+    assert report.main([str(whole), "--format", "markdown", "--out", str(tmp_path / "my study.md")]) == 0
+    links = re.findall(r"!\[.+?\]\((.+?)\)", (tmp_path / "my study.md").read_text())
+    assert len(links) > 8 and all(link.startswith("my%20study-pictures/") for link in links)
+    for link in links:
+        assert "<svg" in (tmp_path / link.replace("%20", " ")).read_text()
+
+
 def test_a_study_is_reported_on_alone(whole, capsys):
     with pytest.raises(SystemExit, match="alone"):
         report.main([str(whole), str(whole)])

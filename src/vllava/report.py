@@ -62,19 +62,25 @@ def write(path: Path, text: str) -> None:
 def on_study(path: Path, form: str | None, out: Path | None) -> str:
     """The report of a study in one format, on the screen or in a file; or all three in its folder. Returns what to say.
 
+    Beside a Markdown file lie its pictures, in a folder of their own.
     Raises UserError where the study cannot be read, or has no finished run.
     """
     report = study.report_on(path)
     if form is None and out is None:
-        folder = report.found.study.path.parent
-        for name, kind in STUDY_FILES.items():
-            write(folder / name, STUDY_FORMATS[kind](report))
-        return f"{study.in_brief(report)}\nwritten to {', '.join(str(folder / name) for name in STUDY_FILES)}"
-    text = STUDY_FORMATS[form or "text"](report)
-    if out is None:
-        return text.rstrip()
-    write(out, text)
-    return f"written to {out}"
+        files = {report.found.study.path.with_name(name): kind for name, kind in STUDY_FILES.items()}
+    elif out is None:
+        return STUDY_FORMATS[form or "text"](report).rstrip()
+    else:
+        files = {out: form or "text"}
+    for file, kind in files.items():
+        if kind == "markdown":
+            pictures = file.with_name(f"{file.stem}-pictures")
+            for name, plot in study.pictures_of(report).items():
+                write(pictures / name, plot.svg.decode())
+            write(file, study.as_text(report, pictures.name))
+        else:
+            write(file, STUDY_FORMATS[kind](report))
+    return f"{study.in_brief(report)}\nwritten to {', '.join(map(str, files))}"
 
 
 def _width() -> int:

@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from vllava.evaluation.layout import as_markdown
-from vllava.verdicts.plots import Plot, learning
-from vllava.verdicts.report import HOW, Report, as_text, plots_of, title_of
+from vllava.verdicts.plots import Plot
+from vllava.verdicts.report import HOW, Report, as_text, pictures_of, title_of
 from vllava.verdicts.tables import tables_of
 
 X = "samples_seen"  # the same for any batch size
@@ -131,8 +131,7 @@ def run_of(study: Report) -> str:
 
 def _keyed(study: Report) -> list[tuple[str, Plot]]:
     """The study's plots, with the names that they are logged by."""
-    plots = [*plots_of(study), *learning(study.curves, study.found.study.arms)]
-    return [(f"study/{number:02d} {re.sub(r'[^ a-zA-Z0-9-]', '', one.title)}", one) for number, one in enumerate(plots)]
+    return [(f"study/{name.removesuffix('.svg')}", one) for name, one in pictures_of(study).items()]
 
 
 def _verdicts(study: Report) -> Any:

@@ -1,4 +1,4 @@
-"""Plots of a study, as SVG in data: URIs. Each is as wide as a telephone, so that pages can put them side by side."""
+"""Plots of a study, as SVG. Each is as wide as a telephone, so that pages can put them side by side."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ class Plot:
     """A picture, and what it shows, for those who cannot see it."""
 
     title: str
-    uri: str
+    svg: bytes
+
+    @property
+    def uri(self) -> str:
+        return "data:image/svg+xml;base64," + base64.b64encode(self.svg).decode()
 
 
 def colours(arms: Sequence[str]) -> dict[str, str]:
@@ -62,19 +66,21 @@ def bars(found: Findings, level: str, figure: str, title: str) -> Plot:
     """The accuracy of every arm with its interval and its seeds, beside blind and chance."""
     own = [one for arm in found.study.arms if (one := found.figure(arm, level, figure)) is not None][::-1]
     colour = colours(found.study.arms)
-    canvas, axes = _axes(0.9 + 0.42 * len(own))
+    canvas, axes = _axes(1.05 + 0.42 * len(own))
     for place, one in enumerate(own):
         _bar(axes, place, one, colour[one.arm])
     axes.set_yticks(range(len(own)), [one.arm for one in own])
     axes.set_xlim(0, 100)
-    axes.set_xlabel("percent right; o seeds, dashes blind, dots chance")
+    axes.set_xlabel("percent right; thin: one more seed\no seeds, dashes blind, dots chance")
     return _drawn(canvas, f"Accuracy, {title}")
 
 
 def _bar(axes: Axes, place: int, one: Figure, colour: str) -> None:
     axes.barh([place], [100 * one.spread.mean], height=0.6, color=colour, alpha=0.35)
     if one.spread.seeds > 1:
-        axes.plot([100 * one.spread.low, 100 * one.spread.high], [place, place], color=colour, linewidth=2.5)
+        further = np.clip([100 * one.spread.next_low, 100 * one.spread.next_high], 0, 100)
+        axes.plot(further, [place, place], color=colour, linewidth=1)
+        axes.plot([100 * one.spread.low, 100 * one.spread.high], [place, place], color=colour, linewidth=3)
     axes.plot([100 * value for value in one.by_seed.values()], [place] * len(one.by_seed), "o", color=colour,
               markersize=3.5, markeredgecolor="white", markeredgewidth=0.5)  # fmt: skip
     for value, style, tint in ((one.blind, "--", "#a3461b"), (one.chance, ":", "#1c2430")):
@@ -141,4 +147,4 @@ def _drawn(canvas: Canvas, title: str) -> Plot:
     buffer = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
         canvas.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return Plot(title, "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode())
+    return Plot(title, buffer.getvalue())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup, escape
@@ -107,8 +109,17 @@ def plots_of(report: Report) -> list[Plot]:
     return drawn + [bars(found, level, figure, TITLES[figure]) for figure in figures]
 
 
-def as_text(report: Report) -> str:
-    """Markdown: the verdicts, then the tables."""
+def pictures_of(report: Report) -> dict[str, Plot]:
+    """All plots by the name of a file for each."""
+    drawn = [*plots_of(report), *learning(report.curves, report.found.study.arms)]
+    return {
+        f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', one.title.lower()).strip('-')}.svg": one
+        for number, one in enumerate(drawn)
+    }
+
+
+def as_text(report: Report, folder: str | None = None) -> str:
+    """Markdown: the verdicts, then the tables; with the pictures between them where they lie in a folder."""
     found = report.found
     lines = [f"# {title_of(found)}", "", counted(found), ""]
     lines += [f"- {line}" for line in found.missing] + ([""] if found.missing else [])
@@ -118,6 +129,9 @@ def as_text(report: Report) -> str:
         lines += ["|" + " --- |" * (9 if report.by_level else 8)]
         lines += [_row(verdict, report.by_level) for verdict in found.verdicts]
         lines += ["", found.rule, ""]
+    if folder is not None:
+        shown = {name: one.title for name, one in pictures_of(report).items()}
+        lines += [f"![{title}]({quote(folder)}/{name})" for name, title in shown.items()] + [""]
     tables = [Table(t.title, t.columns, t.lines, t.judges) for t in tables_of(found)]
     notes = list(dict.fromkeys(note for table in tables_of(found) for note in table.notes))
     return "\n".join(lines) + "\n" + as_markdown(tables, [*notes, *found.remarks, *HOW])
