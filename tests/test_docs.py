@@ -20,6 +20,7 @@ PAGES = [
     "docs/data.md",
     "docs/runs.md",
     "docs/watching.md",
+    "docs/verdicts.md",
     "docs/cluster.md",
     "data_prep/README.md",
 ]

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -404,6 +405,31 @@ def test_the_report_shows_the_image_eight_frames_and_the_plot_that_exists(report
 def test_the_report_gives_the_truth_beside_a_wrong_answer_only(report):
     assert report.count("truth: ") == 1
     assert "truth: red" in report
+
+
+def test_the_report_draws_every_accuracy_with_its_interval_beside_blind_and_chance(tmp_path):
+    """75 of 100 are right, of which Wilson's interval is worked out below."""
+    row = {"accuracy": 0.75, "blind": 0.3, "chance": None, "n": 100}
+    metrics = {"image": {**row, "by_source": {"<seen>": row}}, "by_type": {"image/colour": row}}
+    write_report(tmp_path, "Run", metrics, [])
+    page = (tmp_path / "report.html").read_text()
+    bars = re.findall(r'<div class="bar".*?</div></div>', page, re.S)
+    assert len(bars) == 1 + 3  # the medium by itself, then every line of the table
+    z = 1.959964
+    middle, reach = 0.75 + z**2 / 200, z * math.sqrt(0.75 * 0.25 / 100 + z**2 / 40000)
+    low, high = ((middle + sign * reach) / (1 + z**2 / 100) for sign in (-1, 1))
+    for one in bars:
+        assert re.findall(r'class="value" style="width: ([\d.]+)%', one) == ["75.0"]
+        between = [float(part) for part in re.search(r'between" style="left: (.*?)%; width: (.*?)%', one).groups()]
+        assert between == pytest.approx([100 * low, 100 * (high - low)], abs=0.006)
+        assert re.findall(r'class="mark (\w+)" style="left: ([\d.]+)%', one) == [("blind", "30.0")]
+    assert page.count(f"{low:.3f} to {high:.3f}") == len(bars)
+
+
+def test_the_report_draws_no_bar_where_nothing_was_scored(tmp_path):
+    row = {"accuracy": None, "blind": None, "chance": None, "n": 0}
+    write_report(tmp_path, "Run", {"image": {**row, "by_source": {}}, "by_type": {}}, [])
+    assert '<div class="bar"' not in (tmp_path / "report.html").read_text()
 
 
 def test_pictures_in_the_report_are_what_the_model_saw(tmp_path):

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "training": {"batch", "checks", "errors", "folders", "model", "pixels", "stops"},
     "inspection": {"batch", "errors", "conversation", "data", "training"},
     "evaluation": {"batch", "checks", "errors", "folders", "conversation", "data", "model"},
+    "verdicts": {"checks", "errors", "data", "evaluation"},
 }
 HYDRA = {"hydra", "omegaconf"}
 # fmt: off

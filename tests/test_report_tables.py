@@ -331,3 +331,20 @@ def test_mistakes_are_one_paragraph(tmp_path, spoil, arguments, words):
     with pytest.raises(SystemExit) as ended:
         main([one.format(folder=tmp_path) for one in arguments])
     assert words in str(ended.value) and "\n" not in str(ended.value)
+
+
+def test_measured_figures_have_bars_with_their_interval_beside_blind_and_chance(tables):
+    one = replace(
+        result("gqa", None, IMAGE),
+        scores=[Score("accuracy", "", 60.0, 55.0, 65.0, 100, True), Score("chance", "", 20.0, 20.0, 20.0, 100)],
+        blind=[Score("accuracy", "", 30.0, 25.0, 35.0, 100, True)],
+    )
+    found, _ = tables(one, result("msvd_qa", JUDGE, VIDEO))
+    bars = {c.value: c.bar for table in found for line in table.lines for c in line.cells if c and c.bar}
+    assert bars[60.0] == {"value": 60.0, "low": 55.0, "high": 65.0, "blind": 30.0, "chance": 20.0}
+    assert bars[3.7]["value"] == pytest.approx(74.0)  # a score of at most 5
+    assert not any(c.bar for table in found for line in table.lines if line.published for c in line.cells if c)
+    page = as_html(found, [])
+    assert page.count('class="bar"') == len(bars)
+    assert 'aria-label="60.0 of 100, blind 30.0, chance 20.0"' in page
+    assert 'class="between" style="left: 55.0%; width: 10.0%"' in page and 'class="blind" style="left: 30.0%"' in page

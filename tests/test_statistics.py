@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statsmodels.stats.proportion import proportion_confint
 
 from vllava.evaluation.benchmark import Metric, Row, ratio
-from vllava.evaluation.statistics import difference, measured, paired, scores
+from vllava.evaluation.statistics import difference, measured, paired, scores, share_interval
 
 ACCURACY = Metric("accuracy", ("right",), headline=True)
 PRECISION = Metric("precision", ("hit", "said"), ratio)
@@ -146,3 +147,13 @@ def test_models_are_compared_on_the_same_media_alone_wherever_these_lie():
         paired(rows, [*rows[:-1], Row("/data/a/x.jpg", {})], ACCURACY)
     with pytest.raises(ValueError, match="drawn otherwise"):
         difference(measured(rows, [ACCURACY], seed=0)[1], measured(rows, [ACCURACY], seed=1)[1], "accuracy")
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_interval_of_a_share_is_wilsons_as_another_package_has_it(counts):
+    right, n = counts
+    assert share_interval(right / n, n) == pytest.approx(proportion_confint(right, n, method="wilson"), abs=1e-9)
+
+
+def test_a_share_of_nothing_has_no_interval():
+    assert all(map(math.isnan, share_interval(0.5, 0)))

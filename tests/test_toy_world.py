@@ -16,7 +16,17 @@ import pytest
 from data_prep import toy
 from data_prep.toy_language import caption, cells_in_words, existence, in_words, question_conversation
 from data_prep.toy_render import RGB, encode_jpeg, encode_mp4, render
-from data_prep.toy_scene import CELL, IMAGE_SIZE, NOVEL_PAIRS, RADIUS, Scene, Thing, draw_clip, draw_picture
+from data_prep.toy_scene import (
+    CELL,
+    IMAGE_SIZE,
+    NOVEL_PAIRS,
+    POPULAR_PAIRS,
+    RADIUS,
+    Scene,
+    Thing,
+    draw_clip,
+    draw_picture,
+)
 from vllava.data.media import decode_image
 from vllava.data.video import video_decoder
 from vllava.model.build import load_tokenizer
@@ -558,6 +568,64 @@ def clues(record):
     text = record["conversations"][0]["value"].split("\n")[1]
     kind = record["question"]["type"]
     return (kind, *re.findall(f"{COLOURS}|{SHAPES}|first|last", text)), (kind,)
+
+
+def probes(count, monkeypatch, seed=0):
+    """(scene, setting, question without what is shown, answer) of the first probes."""
+    for scene, record in samples_of("eval/probes", count, monkeypatch, seed):
+        [(question, answer)] = rounds(record)
+        yield scene, record["question"]["type"].removeprefix("exist_"), question, answer
+
+
+def test_probes_are_true_of_their_scenes_and_each_setting_has_as_many_of_yes_as_of_no(monkeypatch):
+    count = SOURCES["eval/probes"].samples
+    found = Counter()
+    for scene, setting, question, answer in probes(count, monkeypatch):
+        assert answer_to(scene, question.rstrip("?")) == answer, (question, scene)
+        found[setting, answer] += 1
+    assert count == 1500
+    assert found == {(setting, answer): 250 for setting in toy.PROBES for answer in ("yes", "no")}
+
+
+def test_what_a_probe_asks_for_in_vain_is_chosen_as_its_setting_says(monkeypatch):
+    lured = []
+    for scene, setting, question, answer in probes(1500, monkeypatch):
+        pair = re.search(THING, question).groups()
+        assert pair not in NOVEL_PAIRS
+        if setting == "popular":
+            assert pair in POPULAR_PAIRS
+        if setting == "adversarial" and answer == "no":
+            here = [thing.pair for thing in scene.things]
+            both = [(c, s) for c, _ in here for _, s in here if (c, s) not in here and (c, s) not in NOVEL_PAIRS]
+            lured.append(bool(both))
+            assert pair in both if both else pair[0] in {colour for colour, _ in here}
+    assert sum(lured) > 100  # of 250: the others show one thing, or a few that share a colour or shape
+
+
+def test_the_words_of_a_probe_do_not_give_its_answer_away(monkeypatch):
+    """A reader who has learned other probes by heart, and sees no picture, stays near one half."""
+    learned = defaultdict(Counter)
+    for _, setting, question, answer in probes(3000, monkeypatch, seed=1):
+        learned[setting, re.search(THING, question).group()][answer] += 1
+    right = Counter()
+    for _, setting, question, answer in probes(1500, monkeypatch, seed=2):
+        words = learned[setting, re.search(THING, question).group()]
+        right[setting] += max(("yes", "no"), key=lambda option: words[option]) == answer
+    assert all(found / 500 < 0.5 + 0.03 + 3 * 0.5 / np.sqrt(500) for found in right.values()), right
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("eval/images", "4d4cb508841682bd"),
+        ("eval/videos", "4f1dce01f20b2858"),
+        ("eval/novel-images", "456e3340bbbe382a"),
+        ("eval/novel-videos", "625b8655edd761fe"),
+    ],
+)
+def test_held_out_questions_are_those_that_published_figures_are_of(name, expected, monkeypatch):
+    records = [record for _, record in samples_of(name, 140, monkeypatch)]
+    assert hashlib.sha256(json.dumps(records).encode()).hexdigest()[:16] == expected
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import jinja2
@@ -27,13 +27,27 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure with its interval, if it has one. notes: their numbers in the table, from 1. digits: after the point."""
+    """A figure with its interval, if it has one. notes: their numbers in the table, from 1. digits: after the point.
+
+    most: the largest that it can be, for a bar; 0 where none is drawn. beside: blind and chance, on the bar.
+    """
 
     value: float
     low: float = math.nan
     high: float = math.nan
     notes: tuple[int, ...] = ()
     digits: int = 1
+    most: float = 0.0
+    beside: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bar(self) -> dict[str, float]:
+        """Where things are on the bar, in percent of it; nothing where none is drawn."""
+        if not self.most or math.isnan(self.value):
+            return {}
+        places = {"value": self.value, "low": self.low, "high": self.high, **self.beside}
+        known = {name: value for name, value in places.items() if not math.isnan(value)}
+        return {name: round(min(max(100 * value / self.most, 0.0), 100.0), 2) for name, value in known.items()}
 
     def __str__(self) -> str:
         if math.isnan(self.value):

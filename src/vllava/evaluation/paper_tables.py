@@ -138,7 +138,10 @@ class _Layout:
         if score is None:
             said.append("This judge or split has no such figure." if found[0].scores else _PRIVATE)
             return Cell(math.nan, notes=self.notes.of(said))
-        return Cell(score.value, score.low, score.high, self.notes.of(said), _digits(score))
+        most = next((end for end in (score.scale, 5.0, 10.0) if end >= score.value), 0.0)
+        return Cell(
+            score.value, score.low, score.high, self.notes.of(said), _digits(score), most, _beside(found[0], score)
+        )
 
     def _other_questions(self, result: Result) -> list[str]:
         """Whether the questions are not those of the first result of the same benchmark."""
@@ -160,6 +163,14 @@ class _Layout:
         prompts = ", ".join(f"{name} {digest[:8]}" for name, digest in judge.prompts.items())
         settings = ", ".join(f"{name}={value}" for name, value in judge.settings.items())
         return "; ".join(part for part in (judged_by(judge), settings, prompts and f"prompts {prompts}") if part) + "."
+
+
+def _beside(result: Result, score: Score) -> dict[str, float]:
+    """What a figure is to be seen beside: the same without the media, and a guess, as far as they are known."""
+    blind = next((one for one in result.blind if (one.metric, one.group) == (score.metric, score.group)), None)
+    chance = result.score("chance", score.group) if score.headline else None
+    known = {name: one.value for name, one in (("blind", blind), ("chance", chance)) if one is not None}
+    return {name: value for name, value in known.items() if not math.isnan(value)}
 
 
 def _published(slot: _Slot, row: Sequence[float | None]) -> Cell | None:

@@ -121,6 +121,16 @@ def difference(a: Draws, b: Draws, metric: str) -> Difference:
     return Difference(metric, value, *_interval(drawn), (1 + int(beyond.sum())) / (1 + len(drawn)))
 
 
+def share_interval(share: float, n: int) -> tuple[float, float]:
+    """Wilson's interval of a share of n answers, each of which is about something else; NaN where there are none."""
+    from scipy import stats  # takes a second
+
+    if not n:
+        return math.nan, math.nan
+    found = stats.binomtest(round(share * n), n).proportion_ci(LEVEL, "wilson")
+    return float(found.low), float(found.high)
+
+
 def _means(
     values: np.ndarray, cluster: np.ndarray, resamples: int, seeds: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

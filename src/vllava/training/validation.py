@@ -25,6 +25,7 @@ from vllava.training.task import Task
 log = logging.getLogger(__name__)
 
 TOTAL = "val_loss"  # over all held-out samples; TOTAL/NAME: of a medium or a source
+ACCURACY = "val_accuracy"  # of the answers to the few that are shown, where there are any; ACCURACY/NAME: of a medium
 
 
 Cell = tuple[str, str]  # (source, medium) of samples whose losses are added up together
@@ -116,12 +117,13 @@ class Validation(L.Callback):
         with untouched(task):
             self.last = self.losses(trainer, task)
             answers = self.show(task) if self.show else []
-        self.record(self.last)
+        figures = {**self.last, **accuracies(answers)}
+        self.record(figures)
         for name, value in self.last.items():
             # Not to the loggers by Lightning, which would repeat it in every step until the next one.
             task.log(name, torch.tensor(value, dtype=torch.float64), prog_bar=name == TOTAL, logger=False)
         for logger in trainer.loggers:
-            logger.log_metrics(self.last, step=step)
+            logger.log_metrics(figures, step=step)
         if answers and trainer.is_global_zero:
             self.show_rows(trainer, answers)
         self._judge(trainer, step)
@@ -186,6 +188,16 @@ def means(cells: Sequence[Cell], sums: Tensor) -> dict[str, float]:
             added[name][0] += loss
             added[name][1] += terms
     return {name: loss / terms for name, (loss, terms) in added.items() if terms}
+
+
+def accuracies(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The share of right ones among the answers that have a truth, in all and by medium; nothing where none has."""
+    found: dict[str, list[bool]] = {}
+    for row in rows:
+        if row["correct"] is not None:
+            for name in (ACCURACY, f"{ACCURACY}/{row['type'].partition(',')[0]}"):
+                found.setdefault(name, []).append(row["correct"])
+    return {name: sum(right) / len(right) for name, right in found.items()}
 
 
 @contextmanager
