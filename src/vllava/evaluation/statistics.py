@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from statistics import NormalDist
 
 import numpy as np
 
@@ -123,12 +124,12 @@ def difference(a: Draws, b: Draws, metric: str) -> Difference:
 
 def share_interval(share: float, n: int) -> tuple[float, float]:
     """Wilson's interval of a share of n answers, each of which is about something else; NaN where there are none."""
-    from scipy import stats  # takes a second
-
     if not n:
         return math.nan, math.nan
-    found = stats.binomtest(round(share * n), n).proportion_ci(LEVEL, "wilson")
-    return float(found.low), float(found.high)
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _means(

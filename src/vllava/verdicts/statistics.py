@@ -5,12 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import stats
+
+from vllava.errors import UserError
 
 LEVEL = 0.95  # of every interval
 ALPHA = 0.05  # what p must be below, corrected for the number of claims
+
+
+def _stats() -> Any:
+    """scipy.stats, which takes a second to import; raises UserError where it is not installed."""
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise UserError("A study's report needs SciPy: pip install 'vllava[study]'.") from error
+    return stats
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ def over_seeds(values: Sequence[float]) -> Spread:
     mean = float(found.mean())
     if count == 1:
         return Spread(mean, math.nan, math.nan, math.nan, math.nan, 1)
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, count - 1) * found.std(ddof=1))
+    reach = float(_stats().t.ppf((1 + LEVEL) / 2, count - 1) * found.std(ddof=1))
     own, further = reach / math.sqrt(count), reach * math.sqrt(1 + 1 / count)
     return Spread(mean, mean - own, mean + own, mean - further, mean + further, count)
 
@@ -86,8 +97,8 @@ def gain(ours: np.ndarray, others: np.ndarray) -> Gain:
     if seeds == 1 or variance == 0:
         p = _mcnemar(better, worse)
     else:
-        p = float(2 * stats.t.sf(abs(value) / math.sqrt(variance), freedom))
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance) if variance > 0 else 0.0
+        p = float(2 * _stats().t.sf(abs(value) / math.sqrt(variance), freedom))
+    reach = float(_stats().t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance) if variance > 0 else 0.0
     if math.isnan(variance):
         reach = math.nan
     share, other = float(np.mean(ours)), float(np.mean(others))
@@ -133,7 +144,7 @@ def _over_questions(d: np.ndarray) -> tuple[float, float]:
 def _mcnemar(better: float, worse: float) -> float:
     """The exact two-sided p of so many answers that one alone has right, and the other alone."""
     more, less = round(better), round(worse)
-    return float(stats.binomtest(more, more + less).pvalue) if more + less else 1.0
+    return float(_stats().binomtest(more, more + less).pvalue) if more + less else 1.0
 
 
 def cohens_h(share: float, other: float) -> float:
