@@ -28,6 +28,7 @@ HYDRA = {"hydra", "omegaconf"}
 # fmt: off
 MAY_USE_HYDRA = {
     "chain.py", "config.py", "inspect_data.py", "lineage.py", "options.py", "plan.py", "run.py", "settle.py",
+    "study_plan.py", "study_run.py", "study_sweep.py",
 }
 # fmt: on
 

@@ -129,8 +129,10 @@ def say(text: str) -> None:
         print(f"\n{text}", file=sys.stderr, flush=True)
 
 
-def wait(command: list[str]) -> int:
+def wait(command: list[str], **options: Any) -> int:
     """Run a process to its end and pass signals on to it; returns its exit code, 128 + n where signal n ended it.
+
+    options: of subprocess.Popen.
 
     Raises Stopped if there was a signal and the process ended well all the same: this one has to stop nevertheless. The
     process is asked to stop when this one is killed.
@@ -146,7 +148,7 @@ def wait(command: list[str]) -> int:
     main = threading.current_thread() is threading.main_thread()
     previous = {number: signal.signal(number, pass_on) for number in SIGNALS} if main else {}
     try:
-        process = subprocess.Popen(command, preexec_fn=die_with_parent)
+        process = subprocess.Popen(command, preexec_fn=die_with_parent, **options)
         processes.append(process)
         for number in list(seen):  # before there was a process
             process.send_signal(number)
