@@ -22,11 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from vllava.config import PROJECT, composed_beside
 from vllava.cores import LIMITS, cores
 from vllava.errors import UserError
+from vllava.forked import Forked
 from vllava.identity import digest, evaluation_identity, identity_of
 from vllava.lineage import PROJECTOR
 from vllava.runs import claim, finished_as, read_run
 from vllava.settle import EVALUATE
-from vllava.stops import CODES, SIGNALS, Stopped, say, wait
+from vllava.stops import CODES, SIGNALS, Stopped, attend, say
 from vllava.study import (
     FAILED,
     FINISHED,
@@ -112,6 +113,7 @@ def run_cell(cfg: DictConfig) -> None:
         if asked():
             return
         keep(folder, outcome)
+        _share_out_cores()
         started = time.monotonic()
         try:
             _make_all(study, cell, outcome, folder, runs)
@@ -161,12 +163,12 @@ def made(part: Part, cell: Cell, log: Path) -> Path:
 
 def _make(part: Part, cell: Cell, log: Path) -> None:
     print(f"{cell.name}: {part.experiment} … ({log})", flush=True)
-    command = [sys.executable, str(PROJECT / "train.py"), *part.overrides, f"run_dir={part.folder}"]
+    script, arguments = PROJECT / "train.py", [*part.overrides, f"run_dir={part.folder}"]
     with open(log, "a") as file:
-        file.write(f"\n{part.experiment}, {time.strftime('%Y-%m-%d %H:%M:%S')}: {' '.join(command)}\n")
+        file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} python {script} {' '.join(arguments)}\n")
         file.flush()
         begun = file.tell()
-        code = wait(command, stdout=file, stderr=file, env={**os.environ, **_share_of_cores()})
+    code = attend(lambda: Forked(script, arguments, log))
     if code in CODES:
         raise Stopped(code - 128)
     if ASKED:
@@ -209,13 +211,11 @@ def _in_turn(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _share_of_cores() -> dict[str, str]:
-    """What tells a run how many cores are its own, where several run at once on a machine."""
+def _share_out_cores() -> None:
+    """Say how many cores are each run's own, where a launcher starts several at once on a machine."""
     jobs = HydraConfig.get().launcher.get("n_jobs")
-    if jobs is None:
-        return {}
-    own = max(1, cores() // (cores() if jobs < 0 else jobs))
-    return dict.fromkeys(LIMITS[:1], str(own))
+    if jobs is not None and LIMITS[0] not in os.environ:
+        os.environ[LIMITS[0]] = str(max(1, cores() // (cores() if jobs < 0 else jobs)))
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def _in_process() -> bool:
 
 @contextmanager
 def _noting() -> Iterator[Any]:
-    """Note signals that ask to stop, beside `stops.wait`, which passes them on to a run; then end as asked.
+    """Note signals that ask to stop, beside `stops.attend`, which passes them on to a run; then end as asked.
 
     In the process that was started, that is to exit; in one of several workers, to leave the handlers where they are,
     so that nothing more is started there; in a SLURM job, to let submitit do what it has to, such as requeueing.
