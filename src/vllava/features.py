@@ -57,8 +57,8 @@ def use_features(data: DataModule, model: VideoLlava, encoders: dict[str, Any], 
     if limit is not None and more and held + more > limit * GB:
         print(
             f"Media are encoded at every step: their features ({more / GB:.3g} GB) do not fit into "
-            f"data.features_gigabytes={limit:g}, of which {held / GB:.3g} are taken by what lies in features/ beside the "
-            "shards already. What no run needs any more can be deleted there.",
+            f"data.features_gigabytes={limit:g}, of which {held / GB:.3g} are taken by what lies in features/ beside "
+            "the shards already. What no run needs any more can be deleted there.",
             flush=True,
         )
         return

@@ -24,6 +24,10 @@ class Forked:
     """`python SCRIPT ARGUMENTS`, which adds what it prints to a log; with what `stops.attend` asks of a process."""
 
     def __init__(self, script: Path, arguments: Sequence[str], log: Path) -> None:
+        if (
+            multiprocessing.get_start_method() == "loky"
+        ):  # joblib's, of which a process that it did not start knows nothing
+            multiprocessing.set_start_method("forkserver", force=True)
         self._process = _context.Process(target=_run, args=(str(script), [*arguments], str(log)))
         self._process.start()
         self.pid = self._process.pid or 0

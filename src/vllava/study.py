@@ -196,6 +196,12 @@ def outcomes(folder: Path) -> dict[Cell, Outcome]:
     return found
 
 
+def listed_in(folder: Path) -> list[Cell]:
+    """The runs that a study's folder lists."""
+    with reading(folder / STUDY, "Start the study again, which writes it anew."):
+        return [Cell(one["arm"], one["level"], one["seed"]) for one in json.loads((folder / STUDY).read_text())["runs"]]
+
+
 def gather(folder: Path, study: Study, given: Sequence[str], cells: Sequence[Cell]) -> list[Outcome]:
     """Write `study.json`: these runs, and those of earlier starts that belong to the same study; returns them.
 

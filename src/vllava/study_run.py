@@ -39,6 +39,7 @@ from vllava.study import (
     gather,
     keep,
     key_of,
+    listed_in,
     relative,
     with_checkpoints,
 )
@@ -120,11 +121,12 @@ def run_cell(cfg: DictConfig) -> None:
             outcome.end(FINISHED)
         except UserError as error:
             outcome.end(FAILED, error.paragraph)
-        except Stopped:
+        except Stopped as stopped:
             outcome.end(UNFINISHED)
+            ASKED.append(int(stopped.code or 0) - 128)
         outcome.seconds = round(time.monotonic() - started, 1)
         keep(folder, outcome)
-        gather(folder, study, given, [])
+        gather(folder, study, given, listed_in(folder))
         if outcome.state != UNFINISHED:
             print(f"{cell.name}: {outcome.state}" + (f": {outcome.error}" if outcome.error else ""), flush=True)
 
@@ -182,10 +184,11 @@ def _last_words(log: Path, begun: int, code: int) -> str:
     """What a process that failed said last: its error, or else its last line."""
     with open(log, errors="replace") as file:
         file.seek(begun)
-        lines = [line.strip() for line in re.split(r"[\r\n]+", file.read()) if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        said = file.read()
+    errors = re.findall(r"(?<![a-zA-Z])error: ([^\r\n]+)", said)  # a progress bar may stand before it
     if errors:
-        return errors[-1]
+        return errors[-1].strip()
+    lines = [line.strip() for line in re.split(r"[\r\n]+", said) if line.strip()]
     ended = f"ended by {signal.Signals(code - 128).name}" if 128 < code < 160 else f"ended with exit code {code}"
     return f"{ended}; its last line: {lines[-1][:300]}." if lines else f"{ended} without a word."
 

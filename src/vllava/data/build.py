@@ -89,8 +89,9 @@ def conversation_data(
     sources: modality -> folders of shards; only `modalities` are used. num_frames: frames of a video, which
     the video encoder decides; raises UserError if it takes another number. features: "online" or "cache", see
     vllava.features; features_gigabytes: that they may take beside all sources. frame_sampling: "index" or "time", see
-    vllava.data.video. mixture: how much of each source an epoch holds, see vllava.data.mixture. cache: of shards on servers, see vllava.data.patience. See DataModule,
-    ConversationPacker, Preprocess and SampleDecoder for the other settings.
+    vllava.data.video. mixture: how much of each source an epoch holds, see vllava.data.mixture. cache: of shards on
+    servers, see vllava.data.patience. See DataModule, ConversationPacker, Preprocess and SampleDecoder for the other
+    settings.
     """
     if num_frames and "video" in specs and specs["video"].frames != num_frames:
         raise UserError(

@@ -1,0 +1,220 @@
+"""Studies: every arm with every seed, whatever fails or is killed on the way, and nothing twice."""
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from warm import Started, train
+
+from data_prep.toy import make
+from vllava.config import study_name
+from vllava.cores import cores
+from vllava.errors import UserError
+from vllava.runs import Run, finished_as
+from vllava.study import Cell, Outcome, Study, gather, keep, record_of, with_checkpoints
+from vllava.study_run import given_of
+
+SMALL = ["data.global_batch=2"]  # steps enough to be killed in
+TWO_ARMS = """
+# @package _global_
+defaults:
+  - base
+  - _self_
+study:
+  name: two
+  title: Two arms, one of which fails
+  baseline: images
+  seeds: [1, 2]
+  chain: [stage1, stage2]
+  overrides: [logger=none, trainer=single, data.workers=0, preview=null, data.features=cache, data.global_batch=2]
+  arms:
+    images: [+ablation=image_only]
+    fails: [+ablation=image_only, "+data.stage2.mixture={video: 2}"]
+  claims: {one: {says: Images help}}
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Shards for two or three steps, and a study of two arms."""
+    folder = tmp_path_factory.mktemp("world")
+    for split in ("stage1", "stage2"):
+        make(split, folder, seed=0, scale=0.01, processes=2)
+    (folder / "conf" / "study").mkdir(parents=True)
+    (folder / "conf" / "study" / "two.yaml").write_text(TWO_ARMS)
+    return folder
+
+
+SETTINGS = ["logger=none", "trainer=single", "data.workers=0", "preview=null", "data.features=cache", *SMALL]
+
+
+def start(world, runs, *arguments):
+    """`python train.py +study=two`, in a process that has imported the libraries."""
+    settings = [f"world={world}", f"runs={runs}", f"hydra.searchpath=[file://{world}/conf]"]
+    return Started(["+study=two", *settings, *arguments], runs.with_suffix(".log"))
+
+
+def study_in(runs):
+    [path] = runs.glob("study-*/study.json")
+    return json.loads(path.read_text())
+
+
+def made(runs):
+    """When each finished run in a folder of runs was written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in runs.glob("*/metrics.json")}
+
+
+def starts(runs):
+    """How often each experiment was started, by the logs of the study."""
+    logs = "".join(path.read_text() for path in runs.glob("study-*/logs/*.log"))
+    return Counter(part.split()[0] for part in logs.split("+experiment=")[1:])
+
+
+def test_a_study_ends_what_it_can_names_what_failed_and_runs_nothing_twice(world, tmp_path):
+    """Killed in the middle, started again two runs at a time, and started once more when it had ended."""
+    runs = tmp_path / "runs"
+    plain = ["+experiment=stage1", "+ablation=image_only", *SETTINGS, "seed=2", f"world={world}", f"runs={runs}"]
+    code, _, told = train([*plain, f"run_dir={runs}/mine"], tmp_path / "plain")
+    assert code == 0, told
+
+    killed = start(world, runs)
+    while not [*runs.glob("stage2-*/history.jsonl")] and killed.poll() is None:
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGTERM)
+    code, _, told = killed.end()
+    assert code == 143 and "stopped by SIGTERM" in told and "Traceback" not in told, told
+    listed = study_in(runs)["runs"]
+    assert [(one["arm"], one["seed"]) for one in listed] == [("images", 1), ("images", 2), ("fails", 1), ("fails", 2)]
+    assert {one["state"] for one in listed} == {"unfinished"} and not listed[1]["parts"]
+    before = made(runs)
+    assert sorted(name.split("-")[0] for name in before) == ["mine", "stage1"]
+
+    code, said, told = start(world, runs, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2").end()
+    assert code == 1 and "Traceback" not in told, told
+    assert "2 finished, 2 failed of 4 runs" in said
+    assert before.items() <= made(runs).items()
+    content = study_in(runs)
+    facts = {key: content[key] for key in ("name", "title", "baseline", "seeds", "claims")}
+    assert facts == {
+        **{"name": "two", "title": "Two arms, one of which fails", "baseline": "images", "seeds": [1, 2]},
+        "claims": {"one": {"says": "Images help"}},
+    }
+    images, fails = content["runs"][:2], content["runs"][2:]
+    for one in images:
+        assert one["state"] == "finished" and one["error"] is None and list(one["parts"]) == ["stage1", "stage2"]
+        for folder in one["parts"].values():
+            assert (runs / "study-two" / folder / "metrics.json").is_file()
+    assert images[1]["parts"]["stage1"] == "../mine"  # which a plain run had made
+    for one, good in zip(fails, images, strict=True):
+        assert one["state"] == "failed" and one["error"].startswith("stage2: data.mixture names 'video'")
+        assert one["parts"] == {"stage1": good["parts"]["stage1"]}  # the same run, made once for both
+        assert f"fails-s{one['seed']} failed: stage2: data.mixture" in told
+    assert starts(runs) == {"stage1": 1, "stage2": 5}  # images-s1 twice, for it was killed; each that fails once
+
+    whole = made(runs)
+    code, said, told = start(world, runs, "arm=images").end()
+    assert code == 0 and said.count("was done already") == 4, told
+    assert made(runs) == whole and len(study_in(runs)["runs"]) == 4
+
+
+# --- without a process ------------------------------------------------------------------------------------------------
+
+STUDY = {
+    **{"name": "s", "title": "", "baseline": "a", "seeds": [1], "chain": ["stage1", "stage2"], "axis": "share"},
+    "overrides": ["data.features=cache"],
+    "arms": {"a": ["+ablation=united"], "b": {"overrides": ["+ablation=image_only", "x.y=null"], "chain": ["stage2"]}},
+    "levels": {0.13: {"overrides": ["+x.y=2", "encoder=@early"], "x": 0.13}, "whole": None},
+    "before": {"early": ["+experiment=align_video", "trainer.max_steps=3"]},
+    "claims": {},
+}
+
+
+def test_a_run_has_the_overrides_of_its_level_then_its_arm_then_the_command_line():
+    study = Study.of(STUDY)
+    cell = study.cell("a", 0.13, 7)
+    assert cell.name == "a-0.13-s7" and study.chain_of(cell) == ["stage1", "stage2"]
+    assert study.overrides_of(cell, ["data.features=online"]) == [
+        *("data.features=online", "+x.y=2", "encoder=@early", "+ablation=united", "seed=7"),
+    ]
+    other = study.cell("b", "0.13", 7)
+    assert "x.y=null" in study.overrides_of(other) and "+x.y=2" not in study.overrides_of(other)
+    assert study.chain_of(other) == ["stage2"]
+
+
+def test_a_run_of_before_is_called_by_its_name():
+    study = Study.of(STUDY)
+    overrides = study.overrides_of(study.cell("a", "0.13", 1))
+    assert study.needed(overrides) == ["early"] and study.needed(study.overrides_of(study.cell("a", "whole", 1))) == []
+    assert "encoder=/r/x/checkpoint" in with_checkpoints(overrides, {"early": Path("/r/x")})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"baseline": "c"}, r"Unknown key 'c' in study\.baseline"),
+        ({"seeds": ["one"]}, r"study\.seeds"),
+        ({"arms": {"a": {"override": []}}}, r"Unknown key 'override' in study\.arms\.a: did you mean 'overrides'"),
+        ({"levels": {}}, "A study needs arms, levels"),
+        ({"seed": 1}, "Unknown key 'seed' in study: did you mean 'seeds'"),
+    ],
+)
+def test_a_mistake_in_a_study_is_named(change, told):
+    with pytest.raises(UserError, match=told):
+        Study.of({**STUDY, **change})
+
+
+@pytest.mark.parametrize("given", ["+experiment=stage1", "projector=x", "+ablation=united", "study.seeds=[1]"])
+def test_what_a_study_decides_is_not_for_the_command_line(given):
+    with pytest.raises(UserError, match="study"):
+        given_of(["arm=a", "seed=1", "+study=two", "logger=none", given])
+    assert given_of(["arm=a", "seed=1", "+study=two", "logger=none"]) == ["logger=none"]
+
+
+def test_a_study_with_other_settings_for_all_of_its_runs_has_a_folder_of_its_own():
+    chosen = ["arm=a,b", "seed=1,2", "+study=two", "logger=none", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    assert study_name("two", *chosen) == "study-two"
+    assert study_name("two", *chosen, "trainer.max_steps=3").startswith("study-two-")
+
+
+def test_records_of_earlier_starts_count_as_long_as_they_are_of_the_same_runs(tmp_path):
+    study = Study.of(STUDY)
+    one, two, gone = Cell("a", "whole", 1), Cell("a", "whole", 2), Cell("a", "0.13", 1)
+    for cell, changed in ((one, []), (two, []), (gone, ["trainer.max_steps=1"])):
+        outcome = Outcome(cell.arm, cell.level, cell.seed, overrides=[*study.overrides_of(cell), *changed])
+        outcome.end("finished")
+        keep(tmp_path, outcome)
+    new = Cell("b", "whole", 1)
+    listed = {found.cell: found.state for found in gather(tmp_path, study, [], [one, new])}
+    assert listed == {one: "finished", two: "finished", new: "unfinished"}
+    content = json.loads((tmp_path / "study.json").read_text())
+    assert content["seeds"] == [1, 2] and content["runs"][0] == json.loads(record_of(tmp_path, one).read_text())
+    assert content["levels"]["0.13"]["x"] == 0.13 and asdict(study)["axis"] == content["axis"]
+
+
+@pytest.mark.parametrize("where", ["run", "chain/run"])
+def test_a_finished_run_is_found_by_what_it_is_also_in_a_chain(where, tmp_path):
+    folder = tmp_path / where
+    folder.mkdir(parents=True)
+    one = Run(folder, "stage1", "united", 1, {"seed": 1})
+    one.write()
+    assert finished_as(tmp_path, "stage1", one.digest) is None
+    one.finish()
+    assert finished_as(tmp_path, "stage1", one.digest).folder == folder
+    assert finished_as(tmp_path, "stage1", "another") is None and finished_as(tmp_path, "stage2", one.digest) is None
+
+
+def test_a_process_uses_no_more_cores_than_it_is_given(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert cores() == 8
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert cores() == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert cores() == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")  # by level of nesting, which is OpenMP's affair
+    assert cores() == 4
