@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from shard_fixtures import ROOT
 from warm import Started, train
 
 from data_prep.toy import make
@@ -53,10 +56,8 @@ def world(tmp_path_factory):
 SETTINGS = ["logger=none", "trainer=single", "data.workers=0", "preview=null", "data.features=cache", *SMALL]
 
 
-def start(world, runs, *arguments):
-    """`python train.py +study=two`, in a process that has imported the libraries."""
-    settings = [f"world={world}", f"runs={runs}", f"hydra.searchpath=[file://{world}/conf]"]
-    return Started(["+study=two", *settings, *arguments], runs.with_suffix(".log"))
+def arguments(world, runs):
+    return ["+study=two", f"world={world}", f"runs={runs}", f"hydra.searchpath=[file://{world}/conf]"]
 
 
 def study_in(runs):
@@ -82,7 +83,7 @@ def test_a_study_ends_what_it_can_names_what_failed_and_runs_nothing_twice(world
     code, _, told = train([*plain, f"run_dir={runs}/mine"], tmp_path / "plain")
     assert code == 0, told
 
-    killed = start(world, runs)
+    killed = Started(arguments(world, runs), tmp_path / "killed")
     while not [*runs.glob("stage2-*/history.jsonl")] and killed.poll() is None:
         time.sleep(0.02)
     os.kill(killed.pid, signal.SIGTERM)
@@ -94,9 +95,11 @@ def test_a_study_ends_what_it_can_names_what_failed_and_runs_nothing_twice(world
     before = made(runs)
     assert sorted(name.split("-")[0] for name in before) == ["mine", "stage1"]
 
-    code, said, told = start(world, runs, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2").end()
-    assert code == 1 and "Traceback" not in told, told
-    assert "2 finished, 2 failed of 4 runs" in said
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    command = [sys.executable, "train.py", *arguments(world, runs), *launcher]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 1 and "Traceback" not in again.stderr, again.stderr
+    assert "2 finished, 2 failed of 4 runs" in again.stdout
     assert before.items() <= made(runs).items()
     content = study_in(runs)
     facts = {key: content[key] for key in ("name", "title", "baseline", "seeds", "claims")}
@@ -113,11 +116,11 @@ def test_a_study_ends_what_it_can_names_what_failed_and_runs_nothing_twice(world
     for one, good in zip(fails, images, strict=True):
         assert one["state"] == "failed" and one["error"].startswith("stage2: data.mixture names 'video'")
         assert one["parts"] == {"stage1": good["parts"]["stage1"]}  # the same run, made once for both
-        assert f"fails-s{one['seed']} failed: stage2: data.mixture" in told
+        assert f"fails-s{one['seed']} failed: stage2: data.mixture" in again.stderr
     assert starts(runs) == {"stage1": 1, "stage2": 5}  # images-s1 twice, for it was killed; each that fails once
 
     whole = made(runs)
-    code, said, told = start(world, runs, "arm=images").end()
+    code, said, told = train([*arguments(world, runs), "arm=images"], tmp_path / "third")
     assert code == 0 and said.count("was done already") == 4, told
     assert made(runs) == whole and len(study_in(runs)["runs"]) == 4
 
