@@ -15,12 +15,15 @@ from shard_fixtures import ROOT
 from warm import Started, train
 
 from data_prep.toy import make
-from vllava.config import study_name
+from vllava import plan, study_plan
+from vllava.config import composed, study_name
 from vllava.cores import cores
 from vllava.errors import UserError
+from vllava.identity import identity_of
 from vllava.runs import Run, finished_as
 from vllava.study import Cell, Outcome, Study, gather, keep, record_of, with_checkpoints
-from vllava.study_run import given_of
+from vllava.study_run import given_of, part_of
+from vllava.study_sweep import cells_of
 
 SMALL = ["data.global_batch=2"]  # steps enough to be killed in
 TWO_ARMS = """
@@ -162,7 +165,7 @@ def test_a_run_of_before_is_called_by_its_name():
         ({"baseline": "c"}, r"Unknown key 'c' in study\.baseline"),
         ({"seeds": ["one"]}, r"study\.seeds"),
         ({"arms": {"a": {"override": []}}}, r"Unknown key 'override' in study\.arms\.a: did you mean 'overrides'"),
-        ({"levels": {}}, "A study needs arms, levels"),
+        ({"chain": []}, r"study\.chain is empty"),
         ({"seed": 1}, "Unknown key 'seed' in study: did you mean 'seeds'"),
     ],
 )
@@ -209,6 +212,71 @@ def test_a_finished_run_is_found_by_what_it_is_also_in_a_chain(where, tmp_path):
     one.finish()
     assert finished_as(tmp_path, "stage1", one.digest).folder == folder
     assert finished_as(tmp_path, "stage1", "another") is None and finished_as(tmp_path, "stage2", one.digest) is None
+
+
+def test_a_plan_counts_what_is_to_make_once_and_not_what_is_finished(world, tmp_path, capsys):
+    settings = arguments(world, tmp_path)
+    assert plan.main([*settings, "--rate", "10", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    # Both arms share their stage 1: for each seed 30 pictures; and in stage 2 45 and 10 texts, once for each arm.
+    assert (first["experiment"], first["to_make"], first["finished"], first["samples"]) == ("stage1", 2, 0, 60)
+    assert first["hours"] == pytest.approx(6 / 3600)
+    assert (second["experiment"], second["to_make"], second["finished"]) == ("stage2", 2, 0)
+
+    cfg = study_plan.swept([*settings, "seed=1"])
+    study, given, [cell, _] = cells_of(cfg)
+    part = part_of("stage1", study.overrides_of(cell, given), tmp_path)
+    part.folder.mkdir()
+    run = Run(part.folder, "stage1", "image_only", 1, identity_of(part.settings))
+    (part.folder / "metrics.json").write_text('{"samples": 300, "seconds": 20.0}')
+    run.finish()
+    assert plan.main([*settings, "arm=images", "seed=1,2,3"]) == 0
+    told = capsys.readouterr().out
+    assert "two: 3 runs of stage1, stage2" in told and "15.0 (of 1 finished run)" in told
+    assert [line.split()[:4] for line in told.splitlines() if line.startswith("stage1")] == [["stage1", "2", "1", "60"]]
+
+
+def test_a_plan_counts_the_samples_of_shares_epochs_and_steps(world):
+    text = {"text": [f"{world}/stage2/text"]}
+    data = {"modalities": ["text"], "sources": text, "remedy": "", "global_batch": 4}
+    for trainer, mixture, expected in (
+        ({}, None, 10),
+        ({"max_epochs": 3}, None, 30),
+        ({"max_steps": 2}, None, 8),
+        ({"limit_train_batches": 0.5}, None, 4),
+        ({"limit_train_batches": 2}, {"text": 3}, 8),
+        ({}, {"text": 0.5}, 5),
+    ):
+        settings = {"evaluation": None, "data": {**data, "mixture": mixture}, "trainer": trainer}
+        assert study_plan.samples_of(settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("task.recipe.lr=1e-3,1e-4", "a study sweeps over arm, level, seed alone"),
+        ("arm=imagse", "did you mean 'images'"),
+    ],
+)
+def test_a_mistake_on_a_studys_command_line_is_named_before_anything_runs(given, told, world, tmp_path):
+    with pytest.raises(UserError, match=told):
+        cells_of(study_plan.swept([*arguments(world, tmp_path), given]))
+
+
+STUDIES = sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml") if path.stem not in ("base", "systems"))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_studies_that_come_along_are_whole(name, tmp_path):
+    """Their claims are about arms that there are, and each run of the first seed is a configuration that holds."""
+    study, given, cells = cells_of(study_plan.swept([f"+study={name}", "seed=1", f"runs={tmp_path}"]))
+    assert {arm for claim in study.claims.values() for arm in (claim["better"], *claim["worse"])} <= set(study.arms)
+    assert {cell.arm for cell in cells} == set(study.arms) and study.name == name
+    for level in {cell.level for cell in cells}:
+        overrides = study.overrides_of(study.cell("image_only", level, 1), given)
+        made = dict.fromkeys(study.needed(overrides), tmp_path)
+        settings = composed(["+experiment=stage2", *with_checkpoints(overrides, made), f"runs={tmp_path}"])
+        assert settings.ablation == "image_only" and settings.data.features == "cache"
 
 
 def test_a_process_uses_no_more_cores_than_it_is_given(monkeypatch):

@@ -102,7 +102,7 @@ def register_resolvers() -> None:
 
     OmegaConf.register_new_resolver("run_name", resolve, replace=True)
     OmegaConf.register_new_resolver("study_name", of_study, replace=True)
-    OmegaConf.register_new_resolver("joined", lambda values: ",".join(map(str, values)), replace=True)
+    OmegaConf.register_new_resolver("joined", lambda values, none="": ",".join(map(str, values)) or none, replace=True)
     OmegaConf.register_new_resolver("project", of_project, replace=True)
 
 

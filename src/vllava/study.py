@@ -97,10 +97,10 @@ class Study:
             group: {str(name): Variant.of(f"study.{group}.{name}", given) for name, given in settings[group].items()}
             for group in ("arms", "levels")
         }
-        study = cls(**{**settings, **named})
+        study = cls(**{**settings, **named, "levels": named["levels"] or {ALL: Variant()}})
         require_known("study.baseline", [study.baseline], study.arms)
-        if not study.arms or not study.levels or not study.chain:
-            raise UserError("A study needs arms, levels (one, called all, where there is no axis) and a chain.")
+        if not study.chain:
+            raise UserError("study.chain is empty: name the experiments of a run, such as [stage1, stage2, evaluate].")
         return study
 
     def cell(self, arm: Any, level: Any, seed: Any) -> Cell:

@@ -23,7 +23,7 @@ from vllava.config import PROJECT, composed_beside
 from vllava.cores import LIMITS, cores
 from vllava.errors import UserError
 from vllava.forked import Forked
-from vllava.identity import digest, evaluation_identity, identity_of
+from vllava.identity import digest, evaluation_identity, identity_of, tells_apart
 from vllava.lineage import PROJECTOR
 from vllava.runs import claim, finished_as, read_run
 from vllava.settle import EVALUATE
@@ -93,6 +93,13 @@ def part_of(experiment: str, overrides: Sequence[str], runs: Path) -> Part:
     return Part(experiment, given, runs / name, found.folder if found else None, settings)
 
 
+def before_of(study: Study, name: str, given: Sequence[str], runs: Path) -> Part:
+    """A run of the study's `before`; of what is given for all runs it takes what makes no other run of it."""
+    experiment, *others = study.before[name]
+    indifferent = [one for one in given if not tells_apart(one)]
+    return part_of(experiment.partition("=")[2], [*others, *indifferent], runs)
+
+
 def after(experiment: str, made: Mapping[str, Path]) -> list[str]:
     """What an experiment of a chain is told of those before it."""
     stage2 = [folder for name, folder in made.items() if name.startswith("stage2")]
@@ -135,10 +142,8 @@ def _make_all(study: Study, cell: Cell, outcome: Outcome, folder: Path, runs: Pa
     """Make, or find, the parts of a run, one after the other."""
     log = folder / "logs" / f"{cell.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    before = {}
-    for name in study.needed(outcome.overrides):
-        experiment, *others = study.before[name]
-        before[name] = made(part_of(experiment.partition("=")[2], others, runs), cell, log)
+    given = given_of(HydraConfig.get().overrides.task)
+    before = {name: made(before_of(study, name, given, runs), cell, log) for name in study.needed(outcome.overrides)}
     overrides = with_checkpoints(outcome.overrides, before)
     parts: dict[str, Path] = {}
     for experiment in study.chain_of(cell):
