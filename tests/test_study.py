@@ -53,6 +53,8 @@ def world(tmp_path_factory):
         make(split, folder, seed=0, scale=0.01, processes=2)
     (folder / "conf" / "study").mkdir(parents=True)
     (folder / "conf" / "study" / "two.yaml").write_text(TWO_ARMS)
+    both = TWO_ARMS.replace("two\n", "share\n").replace("  fails: ", "  other: ").replace("{video: 2}", "{text: 0}")
+    (folder / "conf" / "study" / "share.yaml").write_text(both)
     return folder
 
 
@@ -215,13 +217,14 @@ def test_a_finished_run_is_found_by_what_it_is_also_in_a_chain(where, tmp_path):
 
 
 def test_a_plan_counts_what_is_to_make_once_and_not_what_is_finished(world, tmp_path, capsys):
-    settings = arguments(world, tmp_path)
+    settings = ["+study=share", *arguments(world, tmp_path)[1:]]
     assert plan.main([*settings, "--rate", "10", "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)
-    # Both arms share their stage 1: for each seed 30 pictures; and in stage 2 45 and 10 texts, once for each arm.
+    # Both arms share their stage 1: for each seed 30 pictures. In stage 2 there are 45, and 10 texts or none.
     assert (first["experiment"], first["to_make"], first["finished"], first["samples"]) == ("stage1", 2, 0, 60)
     assert first["hours"] == pytest.approx(6 / 3600)
-    assert (second["experiment"], second["to_make"], second["finished"]) == ("stage2", 2, 0)
+    assert (second["experiment"], second["to_make"], second["finished"]) == ("stage2", 4, 0)
+    assert second["samples"] == 2 * (55 + 45)
 
     cfg = study_plan.swept([*settings, "seed=1"])
     study, given, [cell, _] = cells_of(cfg)
@@ -232,7 +235,7 @@ def test_a_plan_counts_what_is_to_make_once_and_not_what_is_finished(world, tmp_
     run.finish()
     assert plan.main([*settings, "arm=images", "seed=1,2,3"]) == 0
     told = capsys.readouterr().out
-    assert "two: 3 runs of stage1, stage2" in told and "15.0 (of 1 finished run)" in told
+    assert "share: 3 runs of stage1, stage2" in told and "15.0 (of 1 finished run)" in told
     assert [line.split()[:4] for line in told.splitlines() if line.startswith("stage1")] == [["stage1", "2", "1", "60"]]
 
 
@@ -261,6 +264,11 @@ def test_a_plan_counts_the_samples_of_shares_epochs_and_steps(world):
 def test_a_mistake_on_a_studys_command_line_is_named_before_anything_runs(given, told, world, tmp_path):
     with pytest.raises(UserError, match=told):
         cells_of(study_plan.swept([*arguments(world, tmp_path), given]))
+
+
+def test_a_plan_names_the_arm_that_cannot_run(world, tmp_path):
+    with pytest.raises(SystemExit, match=r"fails-s1, stage2: data\.mixture names 'video'"):
+        plan.main([*arguments(world, tmp_path), "--rate", "10"])
 
 
 STUDIES = sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml") if path.stem not in ("base", "systems"))
