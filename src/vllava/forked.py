@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllava.stops import die_with_parent
+from vllava.stops import SIGNALS, die_with_parent
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["vllava.run"])
@@ -29,7 +29,11 @@ class Forked:
         ):  # joblib's, of which a process that it did not start knows nothing
             multiprocessing.set_start_method("forkserver", force=True)
         self._process = _context.Process(target=_run, args=(str(script), [*arguments], str(log)))
-        self._process.start()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for good in the server, if this starts it:
+        try:  # what is sent to a whole group of processes is for the runs
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         self.pid = self._process.pid or 0
 
     def send_signal(self, number: int) -> None:
@@ -46,6 +50,7 @@ def _run(script: str, arguments: list[str], log: str) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a process of its own
     handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(handle, 1)

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vllava.config import PROJECT, composed_beside
 from vllava.cores import LIMITS, cores
-from vllava.errors import UserError
+from vllava.errors import UserError, reason
 from vllava.forked import Forked
 from vllava.identity import digest, evaluation_identity, identity_of, tells_apart
 from vllava.lineage import PROJECTOR
@@ -121,6 +122,7 @@ def run_cell(cfg: DictConfig) -> None:
         if asked():
             return
         keep(folder, outcome)
+        log_of(folder, cell).parent.mkdir(exist_ok=True)
         _share_out_cores()
         started = time.monotonic()
         try:
@@ -128,6 +130,10 @@ def run_cell(cfg: DictConfig) -> None:
             outcome.end(FINISHED)
         except UserError as error:
             outcome.end(FAILED, error.paragraph)
+        except Exception as error:  # of ours, or of a library: it is one run's end, and not that of the others
+            outcome.end(FAILED, reason(error))
+            with open(log_of(folder, cell), "a") as file:
+                traceback.print_exception(error, file=file)
         except Stopped as stopped:
             outcome.end(UNFINISHED)
             ASKED.append(int(stopped.code or 0) - 128)
@@ -138,10 +144,14 @@ def run_cell(cfg: DictConfig) -> None:
             print(f"{cell.name}: {outcome.state}" + (f": {outcome.error}" if outcome.error else ""), flush=True)
 
 
+def log_of(folder: Path, cell: Cell) -> Path:
+    """What a run printed."""
+    return folder / "logs" / f"{cell.name}.log"
+
+
 def _make_all(study: Study, cell: Cell, outcome: Outcome, folder: Path, runs: Path) -> None:
     """Make, or find, the parts of a run, one after the other."""
-    log = folder / "logs" / f"{cell.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log = log_of(folder, cell)
     given = given_of(HydraConfig.get().overrides.task)
     before = {name: made(before_of(study, name, given, runs), cell, log) for name in study.needed(outcome.overrides)}
     overrides = with_checkpoints(outcome.overrides, before)

@@ -51,9 +51,14 @@ class Conclude(Callback):
         except UserError as error:
             stop(error)
         print(f"study {study.name}: {len(cells)} runs; {Path(config.study_dir) / STUDY} says how far it is", flush=True)
-        if "Joblib" in str(config.hydra.launcher._target_):
+        launcher = str(config.hydra.launcher._target_)
+        if "Joblib" in launcher:
             for number in SIGNALS:
                 signal.signal(number, _pass_on)
+        if (
+            "Slurm" in launcher
+        ):  # the signal that warns a job, which its run answers, and then submitit by requeueing it
+            os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         study, given, cells = cells_of(config)
