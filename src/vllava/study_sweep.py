@@ -55,9 +55,7 @@ class Conclude(Callback):
         if "Joblib" in launcher:
             for number in SIGNALS:
                 signal.signal(number, _pass_on)
-        if (
-            "Slurm" in launcher
-        ):  # the signal that warns a job, which its run answers, and then submitit by requeueing it
+        if "Slurm" in launcher:  # what warns a job: its run answers it, and then submitit, which requeues the job
             os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
