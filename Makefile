@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := outputs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak slurm lint foundations bench bench-gpu smollm2 clean
+.PHONY: help setup demo study test soak slurm lint foundations bench bench-gpu smollm2 clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,14 +21,24 @@ demo: setup ## toy data, stage 1, stage 2, evaluation, report: outputs/demo
 	$(BIN)/python -m data_prep.toy --out data/demo stage1-demo stage2-demo eval
 	$(BIN)/python train.py +experiment=full world=data/demo run_dir=$(DEMO)
 
+SIDE_BY_SIDE := hydra/launcher=joblib hydra.launcher.n_jobs=2
+study: setup ## the paper's ablations, then when each claim holds, in full: by estimate most of a day on 2 cores
+	$(BIN)/python -m data_prep.toy stage1 stage2 eval foundations
+	$(BIN)/python train.py +study=paper logger=none $(SIDE_BY_SIDE)
+	$(BIN)/python train.py +study=data_amount logger=none level=0.05,0.1,0.25,0.5,1.0 seed=1,2,3,4,5 $(SIDE_BY_SIDE)
+	for study in video_share alignment no_stage1; do \
+	    $(BIN)/python train.py +study=$$study logger=none trainer.limit_train_batches=null seed=1,2,3,4,5 $(SIDE_BY_SIDE) \
+	        || exit 1; done
+
 test: setup ## the test suite
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: setup ## a hundred kills of runs, which have to end as undisturbed ones (a quarter of an hour or more): outputs/soak
 	$(BIN)/python tests/soak.py --kills 100 --seed 0
 
-slurm: setup ## a job that is warned and requeued, on a SLURM of one node (Debian's slurmctld, slurmd, slurm-client, munge)
+slurm: setup ## jobs that are warned and requeued, on a SLURM of one node (Debian's slurmctld, slurmd, slurm-client, munge)
 	bash tests/slurm/run.sh
+	bash tests/slurm/study.sh
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -41,7 +41,7 @@ from vllava.folders import replacing, require_replaceable, strangers
 SHARD_SAMPLES = 512
 STILL_TYPES = ("colour", "shape", "size", "position", "count", "relation", "exist")
 PROBES = ("random", "popular", "adversarial")
-_FEATURES = re.compile(r"features/[0-9a-f]{16}(/[^/]+\.(tar|json))?")  # see vllava.features
+_FEATURES = re.compile(r"features/[0-9a-f]{16}(/[^/]+\.(tar|json|lock))?")  # see vllava.features
 
 
 @dataclass(frozen=True)

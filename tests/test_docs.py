@@ -19,6 +19,7 @@ PAGES = [
     "docs/fidelity.md",
     "docs/data.md",
     "docs/runs.md",
+    "docs/studies.md",
     "docs/watching.md",
     "docs/verdicts.md",
     "docs/cluster.md",

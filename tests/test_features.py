@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.testing import assert_close
 from data_prep.shards import write_manifest, write_shard
 from vllava.data.build import conversation_data
 from vllava.errors import UserError
-from vllava.features import AT_ONCE, FeatureWriter, use_features
+from vllava.features import AT_ONCE, FeatureWriter, bytes_in, use_features
 from vllava.model.build import load_tokenizer
 
 SETTINGS = {
@@ -220,3 +222,49 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_the_remedy(model, worl
 def test_an_unknown_kind_of_features_is_an_error(model, world):
     with pytest.raises(UserError, match=r"data\.features='off'.*online, cache"):
         data_of(model, world, features="off")
+
+
+def test_processes_that_need_the_same_features_share_the_shards_out(model, world, tmp_path, monkeypatch):
+    """Each shard is encoded once: who finds one under work takes another, and waits for it at the end."""
+    encoded, inside = [], {}
+    first, second = writer(model, world), writer(model, world)
+    original = FeatureWriter._entry
+
+    def counted(self, shard, path, kinds):
+        before = path.exists()
+        if self is first and not inside:  # the second comes while the first is at work on the first shard
+            inside["thread"] = threading.Thread(target=second.write, args=(tmp_path / "images", ""))
+            inside["thread"].start()
+            while not any(path.name == "00001.tar" for _, path in encoded):
+                time.sleep(0.01)
+        entry = original(self, shard, path, kinds)
+        if not before:
+            encoded.append((self, path))
+        return entry
+
+    monkeypatch.setattr(FeatureWriter, "_entry", counted)
+    folder = first.write(tmp_path / "images", "")
+    inside["thread"].join()
+    assert sorted(path.name for _, path in encoded) == ["00000.tar", "00001.tar"]
+    assert {one is first for one, _ in encoded} == {True, False}
+    assert not [*folder.glob("*.lock")]
+
+
+@pytest.mark.parametrize(("gigabytes", "fits"), [(1e-3, True), (1e-5, False)])
+def test_features_that_do_not_fit_are_not_written_and_that_is_said(gigabytes, fits, model, world, tmp_path, capsys):
+    data = data_of(model, world, features="cache", features_gigabytes=gigabytes)
+    use_features(data, model, SETTINGS, half=False)
+    told = capsys.readouterr().out
+    assert ("Media are encoded at every step" in told) is not fits
+    assert (f"data.features_gigabytes={gigabytes:g}" in told) is not fits
+    assert bool([*tmp_path.glob("*/features/*")]) is fits
+    assert sum(len(keys) for batches, _, _ in epoch(model, data) for keys in batches) == AT_ONCE + 5 + 5 + 3 - 1
+
+
+def test_the_size_of_features_is_known_before_they_are_written(model, world, tmp_path):
+    one = writer(model, world)
+    told = one.bytes_missing(tmp_path / "videos", "")
+    tokens, width = model.specs["video"].tokens, 32
+    assert told == 5 * tokens * width * 4
+    folder = one.write(tmp_path / "videos", "")
+    assert one.bytes_missing(tmp_path / "videos", "") == 0 and bytes_in(folder) > told

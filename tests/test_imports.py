@@ -12,13 +12,14 @@ SRC = Path(__file__).parents[1] / "src" / "vllava"
 MAY_IMPORT = {
     "errors": set(),
     "checks": {"errors"},
+    "cores": set(),
     "pixels": set(),
     "folders": {"errors"},
     "stops": {"errors"},
     "batch": {"errors"},
     "templates": {"errors"},
     "conversation": {"batch", "errors", "templates"},
-    "data": {"batch", "checks", "errors", "folders", "conversation", "pixels"},
+    "data": {"batch", "checks", "cores", "errors", "folders", "conversation", "pixels"},
     "model": {"batch", "checks", "errors", "folders", "conversation", "pixels"},
     "training": {"batch", "checks", "errors", "folders", "model", "pixels", "stops"},
     "inspection": {"batch", "errors", "conversation", "data", "training"},
@@ -29,7 +30,7 @@ HYDRA = {"hydra", "omegaconf"}
 # fmt: off
 MAY_USE_HYDRA = {
     "answering.py", "chain.py", "config.py", "inspect_data.py", "lineage.py", "options.py", "plan.py", "run.py",
-    "settle.py",
+    "settle.py", "study_plan.py", "study_run.py", "study_sweep.py",
 }
 # fmt: on
 

@@ -87,14 +87,28 @@ def run_name(experiment: str, ablation: str, seed: int, *overrides: str) -> str:
     return re.sub(r"[^\w.-]", "_", "-".join(named), flags=re.ASCII)[:NAME_BYTES]
 
 
+def study_name(name: str, *overrides: str) -> str:
+    """The name of a study's folder, with six characters for what else its command line changes in all of its runs."""
+    chosen = ("arm=", "level=", "seed=", "study=", "study_dir=")
+    others = sorted(one for one in overrides if tells_apart(one) and not one.lstrip("+").startswith(chosen))
+    made = [f"study-{name}", *([hashlib.sha256("\n".join(others).encode()).hexdigest()[:6]] if others else [])]
+    return "-".join(made)
+
+
 def register_resolvers() -> None:
-    """Make `${run_name:…}` and `${project:…}` known to OmegaConf."""
+    """Make `${run_name:…}`, `${project:…}` and the like known to OmegaConf."""
 
     def resolve(experiment: str, ablation: str, seed: int) -> str:
         overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
         return run_name(experiment, ablation, seed, *overrides)
 
+    def of_study(name: str) -> str:
+        overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+        return study_name(name, *overrides)
+
     OmegaConf.register_new_resolver("run_name", resolve, replace=True)
+    OmegaConf.register_new_resolver("study_name", of_study, replace=True)
+    OmegaConf.register_new_resolver("joined", lambda values, none="": ",".join(map(str, values)) or none, replace=True)
     OmegaConf.register_new_resolver("project", of_project, replace=True)
 
 

@@ -2,7 +2,8 @@
 
 Encoders are frozen and nothing is augmented, so what they give for a medium never changes. It is written beside the
 shards it was made from, in FOLDER/features/KEY; the key stands for the shards, the encoders, the preprocessing and the
-precision. Repeated epochs and the runs of a sweep then need neither decoder nor encoder.
+precision. Repeated epochs and the runs of a sweep then need neither decoder nor encoder: systems that share an encoder
+share what it made. Processes that need the same features at once share the shards out among them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,6 +35,9 @@ from vllava.folders import sha256_of
 from vllava.model.device import best_device
 from vllava.model.video_llava import VideoLlava
 
+GB = 1e9
+LOCK = ".lock"  # of who encodes a shard; none is left when all are done
+_PAUSE = 0.2  # seconds between two looks at a shard that another process encodes
 AT_ONCE = 16  # samples whose media are encoded together
 FORMAT = 2  # of what is written, or of how media are read before: another number, and all is encoded anew
 
@@ -38,12 +45,24 @@ FORMAT = 2  # of what is written, or of how media are read before: another numbe
 def use_features(data: DataModule, model: VideoLlava, encoders: dict[str, Any], half: bool) -> None:
     """Let a data module read features instead of media, after writing those that are missing.
 
-    encoders: their settings by medium; half: the run computes in bfloat16. Raises UserError where features cannot
-    be written.
+    encoders: their settings by medium; half: the run computes in bfloat16. Where they would take more than the data
+    module allows, with all that lie beside its sources already, it reads media: a batch cannot hold both. Raises
+    UserError where features cannot be written.
     """
     assert isinstance(data.decode, SampleDecoder)
     writer = FeatureWriter(model, data.decode, encoders, half, data.workers)
-    folders = [writer.write(Path(folder), data.remedy) for folder in data.sources]
+    sources = [Path(folder) for folder in data.sources]
+    held, limit = sum(map(bytes_beside, sources)), data.features_gigabytes
+    more = sum(writer.bytes_missing(source, data.remedy) for source in sources)
+    if limit is not None and more and held + more > limit * GB:
+        print(
+            f"Media are encoded at every step: their features ({more / GB:.3g} GB) do not fit into "
+            f"data.features_gigabytes={limit:g}, of which {held / GB:.3g} are taken by what lies in features/ beside "
+            "the shards already. What no run needs any more can be deleted there.",
+            flush=True,
+        )
+        return
+    folders = [writer.write(source, data.remedy) for source in sources]
     data.shards = read_sources(folders, "Delete features/ there, and the next run writes them anew.")
 
 
@@ -95,11 +114,31 @@ class FeatureWriter:
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.half else torch.float32
 
+    def bytes_missing(self, source: Path, remedy: str) -> int:
+        """About how many bytes of features are still to be written for a folder of shards."""
+        folder = self.folder(source, remedy)
+        if folder == source or (folder / MANIFEST).is_file():
+            return 0
+        entries = json.loads((source / MANIFEST).read_text())["shards"]
+        sizes = {
+            kind: spec.tokens * self.model.encoder(kind).hidden_size * self._dtype.itemsize
+            for kind, spec in self.decode.specs.items()
+        }
+        most = max(sizes.values(), default=0)  # of a sample whose media the manifest does not tell
+        found = 0
+        for entry in entries:
+            told = entry.get("modalities")
+            if isinstance(told, dict):
+                found += sum(sizes.get(kind, 0) * count for kind, count in told.items())
+            else:
+                found += most * entry["samples"]
+        return max(0, found - bytes_in(folder))
+
     def write(self, source: Path, remedy: str) -> Path:
         """Write the features of a folder of shards where they are missing; returns their folder.
 
-        Several processes may do so at once: each skips the shards that another one has finished. Raises UserError
-        if the folder cannot be written.
+        Several processes may do so at once: each takes the shards that no other has finished or is at work on. Raises
+        UserError if the folder cannot be written.
         """
         folder = self.folder(source, remedy)
         if folder == source or (folder / MANIFEST).is_file():
@@ -109,14 +148,30 @@ class FeatureWriter:
         print(f"encoding the media of {source}, once, to {folder}", flush=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            entries = [self._entry(shard, folder / f"{number:05d}.tar", kinds) for number, shard in enumerate(shards)]
+            entries = self._entries(shards, folder, kinds)
             write_manifest(folder, entries, {"features_of": str(source), "encoders": self.encoders})
         except OSError as error:
             raise UserError(
                 f"Features cannot be written to {folder} ({error}). Make the folder writable, or choose "
                 "data.features=online."
             ) from error
+        for lock in folder.glob(f"*{LOCK}"):
+            lock.unlink(missing_ok=True)
         return folder
+
+    def _entries(self, shards: list[Shard], folder: Path, kinds: set[str]) -> list[dict]:
+        """The manifest entries of all shards, of which those are encoded here that no other process is at work on."""
+        entries: dict[int, dict] = {}
+        while len(entries) < len(shards):
+            before = len(entries)
+            for number, shard in enumerate(shards):
+                path = folder / f"{number:05d}.tar"
+                with _free(path.with_suffix(LOCK)) as free:
+                    if number not in entries and free:
+                        entries[number] = self._entry(shard, path, kinds)
+            if len(entries) == before:
+                time.sleep(_PAUSE)
+        return [entries[number] for number in range(len(shards))]
 
     def _entry(self, shard: Shard, path: Path, kinds: set[str]) -> dict:
         """The manifest entry of one shard of features, which is written if it does not lie there whole.
@@ -177,6 +232,38 @@ class FeatureWriter:
                     encoded = self.model.features(kind, torch.stack(pixels).to(device))
                 given[kind] = iter(encoded.to("cpu", self._dtype).contiguous().unbind())
         return given
+
+
+@contextmanager
+def _free(path: Path) -> Iterator[bool]:
+    """Whether a lock could be taken, without waiting; it is held inside. True as well where there are no locks."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    except NotImplementedError:  # a network folder without them
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def bytes_in(folder: Path) -> int:
+    """The bytes of all files of a folder; 0 for one that is not there."""
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # gone meanwhile
+            found += path.stat().st_size if path.is_file() else 0
+    return found
+
+
+def bytes_beside(source: Path) -> int:
+    """The bytes of the features beside a folder of shards, of all encoders."""
+    return bytes_in(source / "features")
 
 
 def _state(path: Path) -> tuple[int, int]:

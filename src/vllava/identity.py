@@ -22,7 +22,7 @@ INDIFFERENT = (
     *("experiment", "ablation", "runs", "run_dir", "rerun", "world", "log_level", "logger", "callbacks", "hydra"),
     "foundations.search",
     *("save_minutes", "stop_seconds", "checkpoint", "preview", "validation"),
-    *("data.workers", "data.token_budget", "data.cache", "data.remedy", "data.held_out"),
+    *("data.workers", "data.token_budget", "data.cache", "data.features_gigabytes", "data.remedy", "data.held_out"),
     *("task.max_broken_share", "task.on_nan", "task.max_skipped"),
     *("model.llm.gradient_checkpointing", "model.llm.compile_layers"),
     *("evaluation.workers", "evaluation.runs", "benchmark.cache", "suites"),

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, PreTrainedConfig, ViTMAEConfig
 
 from vllava.batch import MEDIA_KINDS, MediumSpec
-from vllava.checks import Count, NotNegative, Range, Share, Whole, require_all
+from vllava.checks import Count, NotNegative, Positive, Range, Share, Whole, require_all
 from vllava.commands import Parser, number
 from vllava.config import composed
 from vllava.data.patience import Remote
@@ -311,9 +311,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--shards", action="store_true", help="count the samples in data.sources, instead of taking the recipe's"
     )
+    parser.add_argument(
+        "--rate", type=number(Positive), metavar="N", help="of a study: samples a second that a stage trains here"
+    )
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
     options = parser.parse_intermixed_args(arguments)
+    from vllava import study_plan  # which plans stages as this module does
+
     try:
+        if study_plan.is_study(options.overrides):
+            device = options.gpu, options.gpus, options.utilisation
+            planned = study_plan.rows(study_plan.swept(options.overrides), options.rate, device)
+            rows = [{**vars(row), "hours": row.hours} for row in planned[2]]
+            print(json.dumps(rows, indent=1) if options.json else study_plan.text(*planned))
+            return 0
         settings = configured(options.overrides)
         if options.shards:
             _recipe(settings)["samples"] = counted(settings["data"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 import warnings
 from functools import partial
@@ -22,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from vllava.answering import evaluate
 from vllava.chain import benchmarks_identity, chain_identity, run_apart, run_benchmarks, run_chain
-from vllava.config import check
+from vllava.config import check, register_resolvers
+from vllava.cores import cores
 from vllava.data.address import shown
 from vllava.data.writing import appearing
 from vllava.errors import UserError
@@ -41,6 +41,7 @@ from vllava.model.video_llava import VideoLlava
 from vllava.options import cut_short, extra_callbacks, implied, in_words, with_extras
 from vllava.runs import RESUME, Run, claim, is_first_process, occupied, place, read_run, tell
 from vllava.stops import Stops
+from vllava.study_run import run_cell
 from vllava.training.broken import BrokenList
 from vllava.training.callbacks import History, Throughput, progress_bar
 from vllava.training.continued import Follow
@@ -56,7 +57,11 @@ MOST_PROCESSES = 4  # on CPUs, unless trainer.devices says how many
 
 
 def run(cfg: DictConfig) -> None:
-    """Carry out one configuration: a chain of experiments, an evaluation, or a training run."""
+    """Carry out one configuration: a run of a study, a chain of experiments, an evaluation, or a training run."""
+    register_resolvers()  # which a process that a launcher started does not know yet
+    if "study" in cfg:
+        run_cell(cfg)
+        return
     check(cfg)
     quiet(cfg.log_level)
     if HydraConfig.get().mode is RunMode.MULTIRUN and not cfg.chain and not cfg.benchmarks:
@@ -256,9 +261,9 @@ def share_out_cores(cfg: DictConfig, task: Task) -> dict[str, Any]:
     cpu = cfg.trainer.accelerator == "cpu" or (cfg.trainer.accelerator == "auto" and best_device().type == "cpu")
     if not (cpu and cfg.trainer.devices == "auto" and cfg.trainer.strategy == "auto" and task.shares_batches):
         return {}
-    cores = len(os.sched_getaffinity(0))
-    processes = min(cores, MOST_PROCESSES)
-    torch.set_num_threads(max(1, cores // processes))
+    own = cores()
+    processes = min(own, MOST_PROCESSES)
+    torch.set_num_threads(max(1, own // processes))
     return {"devices": processes, "strategy": "ddp"} if processes > 1 else {}
 
 

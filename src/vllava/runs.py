@@ -99,6 +99,13 @@ def finished_runs(runs: Path, experiment: str) -> list[Run]:
     return sorted(found, key=lambda run: run.ended or "", reverse=True)
 
 
+def finished_as(runs: Path, experiment: str, known: str) -> Run | None:
+    """The newest finished run with this digest: in a folder of runs, or as a part of a chain there."""
+    found = [run for folder in (runs, *(runs.glob("*/"))) for run in finished_runs(folder, experiment)]
+    same = [run for run in found if run.digest == known]
+    return max(same, key=lambda run: run.ended or "", default=None)
+
+
 def is_first_process() -> bool:
     """Whether this is the process of a run that writes its files."""
     return not getattr(rank_zero_only, "rank", 0)

@@ -14,9 +14,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from vllava.errors import UserError
 
@@ -129,13 +130,25 @@ def say(text: str) -> None:
         print(f"\n{text}", file=sys.stderr, flush=True)
 
 
-def wait(command: list[str]) -> int:
-    """Run a process to its end and pass signals on to it; returns its exit code, 128 + n where signal n ended it.
+class Process(Protocol):
+    """What is waited for: subprocess.Popen, or what is like it."""
 
-    Raises Stopped if there was a signal and the process ended well all the same: this one has to stop nevertheless. The
-    process is asked to stop when this one is killed.
+    def send_signal(self, number: int, /) -> None: ...
+
+    def wait(self) -> int: ...
+
+
+def wait(command: list[str]) -> int:
+    """Run a process to its end, as `attend` says; it is asked to stop when this one is killed."""
+    return attend(lambda: subprocess.Popen(command, preexec_fn=die_with_parent))
+
+
+def attend(start: Callable[[], Process]) -> int:
+    """Start a process, wait for its end and pass signals on to it; returns its exit code, 128 + n for signal n.
+
+    Raises Stopped if there was a signal and the process ended well all the same: this one has to stop nevertheless.
     """
-    processes: list[subprocess.Popen] = []
+    processes: list[Process] = []
     seen: list[int] = []
 
     def pass_on(number: int, _: Any) -> None:
@@ -146,7 +159,7 @@ def wait(command: list[str]) -> int:
     main = threading.current_thread() is threading.main_thread()
     previous = {number: signal.signal(number, pass_on) for number in SIGNALS} if main else {}
     try:
-        process = subprocess.Popen(command, preexec_fn=die_with_parent)
+        process = start()
         processes.append(process)
         for number in list(seen):  # before there was a process
             process.send_signal(number)

@@ -79,6 +79,7 @@ def conversation_data(
     shuffle_window: Count = 64,
     num_frames: Count | None = None,
     features: Annotated[str, OneOf(FEATURES)] = "online",
+    features_gigabytes: NotNegative | None = None,
     frame_sampling: Sampling = "index",
     mixture: dict[str, Times] | None = None,
     cache: Remote | dict[str, Any] | None = None,
@@ -87,9 +88,10 @@ def conversation_data(
 
     sources: modality -> folders of shards; only `modalities` are used. num_frames: frames of a video, which
     the video encoder decides; raises UserError if it takes another number. features: "online" or "cache", see
-    vllava.features. frame_sampling: "index" or "time", see vllava.data.video. mixture: how much of each source an epoch
-    holds, see vllava.data.mixture. cache: of shards on servers, see vllava.data.patience. See DataModule,
-    ConversationPacker, Preprocess and SampleDecoder for the other settings.
+    vllava.features; features_gigabytes: that they may take beside all sources. frame_sampling: "index" or "time", see
+    vllava.data.video. mixture: how much of each source an epoch holds, see vllava.data.mixture. cache: of shards on
+    servers, see vllava.data.patience. See DataModule, ConversationPacker, Preprocess and SampleDecoder for the other
+    settings.
     """
     if num_frames and "video" in specs and specs["video"].frames != num_frames:
         raise UserError(
@@ -115,6 +117,7 @@ def conversation_data(
         features == "cache",
         portions(mixture, chosen),
         remote=Remote.of(cache),
+        features_gigabytes=features_gigabytes,
     )
 
 

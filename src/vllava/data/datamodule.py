@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vllava.batch import Step
 from vllava.checks import Count, Range, Seed
+from vllava.cores import cores
 from vllava.data.broken import trace, why
 from vllava.data.deal import Deal, every_nth
 from vllava.data.mixture import Portion, draws
@@ -161,7 +162,7 @@ class DataModule(L.LightningDataModule):
     global_batch: samples per optimiser step, over all devices; workers: loader processes (-1: cores - 1, at most 8);
     shuffle_window: shards mixed at a time; wants_features: whether what encoders make of the media is to be read
     instead of the media, see vllava.features; portions: how much of each source an epoch holds, if not all of it once;
-    remote: how folders on servers are read.
+    remote: how folders on servers are read; features_gigabytes: that features may take beside all sources.
     """
 
     def __init__(
@@ -177,6 +178,7 @@ class DataModule(L.LightningDataModule):
         wants_features: bool = False,
         portions: Sequence[Portion] | None = None,
         remote: Remote | None = None,
+        features_gigabytes: float | None = None,
     ) -> None:
         super().__init__()
         if not sources:
@@ -184,9 +186,9 @@ class DataModule(L.LightningDataModule):
         self.sources, self.remedy = sources, remedy
         self.shards = read_sources(sources, remedy, remote)
         self.decode, self.assembler = decode, assembler
-        self.wants_features = wants_features
+        self.wants_features, self.features_gigabytes = wants_features, features_gigabytes
         self.global_batch, self.seed, self.shuffle_window = global_batch, seed, shuffle_window
-        self.workers = min(max((os.cpu_count() or 2) - 1, 1), 8) if workers < 0 else workers
+        self.workers = min(max(cores() - 1, 1), 8) if workers < 0 else workers
         self.sizes = [0] * len(sources)
         for shard in self.shards:
             self.sizes[shard.source] += shard.samples
