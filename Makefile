@@ -23,7 +23,7 @@ demo: setup ## toy data, stage 1, stage 2, evaluation, report: outputs/demo
 
 SIDE_BY_SIDE := hydra/launcher=joblib hydra.launcher.n_jobs=2
 study: setup ## the paper's ablations, then when each claim holds, in full: by estimate most of a day on 2 cores
-	$(BIN)/python -m data_prep.toy stage1 stage2 eval foundations
+	$(BIN)/python -m data_prep.toy stage1 stage2 eval eval-probes foundations
 	$(BIN)/python train.py +study=paper logger=none $(SIDE_BY_SIDE)
 	$(BIN)/python train.py +study=data_amount logger=none level=0.05,0.1,0.25,0.5,1.0 seed=1,2,3,4,5 $(SIDE_BY_SIDE)
 	for study in video_share alignment no_stage1; do \
