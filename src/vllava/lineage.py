@@ -31,6 +31,10 @@ def resolve(cfg: DictConfig) -> None:
         run = _meant(cfg, "stage2", "evaluation.checkpoint", "checkpoint")
         cfg.evaluation.checkpoint = str(run.folder / "checkpoint")
         cfg.evaluation.plots = plots(run)
+    elif cfg.evaluation and cfg.evaluation.get("checkpoint") and not cfg.evaluation.get("plots"):
+        named = read_run(Path(cfg.evaluation.checkpoint).parent)  # None where it is no run's
+        if named is not None and not cfg.chain:
+            cfg.evaluation.plots = plots(named)
     if not cfg.evaluation and not cfg.chain and cfg.projector == AUTO:
         cfg.projector = str(_meant(cfg, "stage1", "projector", PROJECTOR).folder / PROJECTOR)
 
