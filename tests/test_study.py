@@ -20,6 +20,7 @@ from vllava.config import composed, study_name
 from vllava.cores import cores
 from vllava.errors import UserError
 from vllava.identity import identity_of
+from vllava.lineage import resolve
 from vllava.runs import Run, finished_as
 from vllava.study import Cell, Outcome, Study, gather, keep, record_of, with_checkpoints
 from vllava.study_run import given_of, part_of
@@ -285,6 +286,18 @@ def test_the_studies_that_come_along_are_whole(name, tmp_path):
         made = dict.fromkeys(study.needed(overrides), tmp_path)
         settings = composed(["+experiment=stage2", *with_checkpoints(overrides, made), f"runs={tmp_path}"])
         assert settings.ablation == "image_only" and settings.data.features == "cache"
+
+
+def test_an_evaluation_of_a_named_run_shows_its_curves(world, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    start = {"projector": {"path": f"{first}/checkpoint/projector.safetensors", "holds": "x"}}
+    for folder, identity in ((first, {}), (second, start)):
+        folder.mkdir()
+        (folder / "loss.png").write_bytes(b"a picture")
+        Run(folder, folder.name, "united", 1, identity).write()
+    cfg = composed(["+experiment=evaluate", f"world={world}", f"evaluation.checkpoint={second}/checkpoint"])
+    resolve(cfg)
+    assert cfg.evaluation.plots == {"stage 1": f"{first}/loss.png", "stage 2": f"{second}/loss.png"}
 
 
 def test_a_process_uses_no_more_cores_than_it_is_given(monkeypatch):

@@ -39,6 +39,8 @@ def resolve(cfg: DictConfig) -> None:
         cfg.evaluation.plots = plots(run)
     elif cfg.evaluation and "checkpoint" in cfg.evaluation and not cfg.benchmarks:
         given, search = str(cfg.evaluation.checkpoint), OmegaConf.to_object(cfg.foundations.search)
+        if not cfg.evaluation.get("plots") and (named := read_run(Path(given).parent)) is not None:
+            cfg.evaluation.plots = plots(named)
         cfg.evaluation.checkpoint = str(imported(given, Path(cfg.runs) / IMPORTED, typing.cast(Any, search)))
     if not cfg.evaluation and not cfg.chain and cfg.projector == AUTO:
         cfg.projector = str(_meant(cfg, "stage1", "projector", PROJECTOR).folder / PROJECTOR)

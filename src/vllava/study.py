@@ -10,7 +10,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,7 @@ def gather(folder: Path, study: Study, given: Sequence[str], cells: Sequence[Cel
     A record that was made with other overrides is another run's, and is left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{STUDY}.lock"):
+    with alone(folder / f".{STUDY}.lock"):
         known = outcomes(folder)
         wanted = [*cells, *(cell for cell in known if cell.arm in study.arms and cell.level in study.levels)]
         listed = []
@@ -224,6 +225,18 @@ def gather(folder: Path, study: Study, given: Sequence[str], cells: Sequence[Cel
         content = {**asdict(study), "seeds": sorted({one.seed for one in listed}), "given": list(given)}
         write_json(folder / STUDY, {**content, "runs": [asdict(one) for one in listed]})
     return listed
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Inside, no other process holds this lock; without effect on a network folder that has none."""
+    lock = FileLock(path)
+    with suppress(NotImplementedError):
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def relative(folder: Path, study: Path) -> str:

@@ -185,7 +185,13 @@ def _make(part: Part, cell: Cell, log: Path) -> None:
         file.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} python {script} {' '.join(arguments)}\n")
         file.flush()
         begun = file.tell()
-    code = attend(lambda: Forked(script, arguments, log))
+
+    def start() -> Forked:
+        if ASKED:  # before signals were passed on
+            raise Stopped(ASKED[0])
+        return Forked(script, arguments, log)
+
+    code = attend(start)
     if code in CODES:
         raise Stopped(code - 128)
     if ASKED:
