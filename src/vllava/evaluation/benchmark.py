@@ -70,6 +70,8 @@ class Benchmark(ABC):
     warnings: list[str] = field(default_factory=list, init=False)  # of the data, said before and kept in the result
 
     metrics: tuple[Metric, ...] = field(default=(), init=False)
+    # What becomes of "broken" and "unjudged" questions, where they do not count as wrong.
+    counting: Mapping[str, str] = field(default_factory=dict, init=False)
 
     @abstractmethod
     def questions(self) -> list[Question]:

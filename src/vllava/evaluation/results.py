@@ -154,7 +154,7 @@ def result_of(
         judge=judge,
         blind=blind,
         paper={name: float(value) for name, value in benchmark.paper.items()},
-        counting=dict(getattr(benchmark, "counting", {})),
+        counting=dict(benchmark.counting),
         warnings=[*benchmark.warnings, *warnings],
         versions=versions(),
         device=device,

@@ -35,6 +35,12 @@ METRICS = (
 )
 
 
+COUNTING = {
+    "broken": "count as 1 of 10, beside a reference of 10",
+    "unjudged": "are left out of both means",
+}
+
+
 @dataclass
 class LlavaBench(Benchmark):
     """100 * mean score of the model / mean score of the reference, and both means times 10.
@@ -45,6 +51,7 @@ class LlavaBench(Benchmark):
     """
 
     metrics: tuple[Metric, ...] = field(default=METRICS, init=False)
+    counting: Mapping[str, str] = field(default_factory=lambda: dict(COUNTING), init=False)
 
     def questions(self) -> list[Question]:
         place = find_place(self.root, "llava-bench-in-the-wild", "questions.jsonl")
