@@ -1,5 +1,6 @@
 """Evaluations from the command line: which benchmark, of which checkpoint, one or several."""
 
+import csv
 import json
 import os
 import re
@@ -10,10 +11,12 @@ import pytest
 import warm
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from result_fixtures import result
 from shard_fixtures import image_sample, jpeg, talk, video_sample, write_source
 from test_config import assert_one_paragraph, composed, train  # noqa: F401
 
 from data_prep.shards import write_manifest
+from vllava.answering import log_result
 from vllava.chain import run_benchmarks
 from vllava.config import check, run_name
 from vllava.data.writing import write_tar
@@ -235,3 +238,12 @@ def test_several_benchmarks_have_a_folder_each_below_the_runs(train, checkpoint,
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["benchmarks"]["held_out"] == json.loads((part / "metrics.json").read_text())
     assert (part / "predictions.jsonl").is_file()
+
+
+def test_a_result_goes_to_the_loggers_of_the_run(tmp_path):
+    settings = settled("+experiment=evaluate", "logger=csv", f"run_dir={tmp_path}", "world=W")
+    found = result("pope")
+    log_result(settings, found, [])
+    with open(tmp_path / "csv" / "metrics.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["pope/accuracy"]) == found.score("accuracy").value
