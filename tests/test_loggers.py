@@ -209,7 +209,7 @@ def test_a_server_that_cannot_be_used_is_said_in_words_and_at_once(logged_in, se
     server.fault = fault
     started = time.monotonic()
     mode, trouble = usable_mode("auto")
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10  # at once, beside the two minutes that a client waits by itself
     assert mode == "offline" and (said in trouble or (url and "does not answer" in trouble))
     with pytest.raises(UserError, match=said if not url else "reached|answer"):
         usable_mode("online")
