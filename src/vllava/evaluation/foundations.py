@@ -115,7 +115,8 @@ def measure(assets: Path, world: Path) -> dict[str, dict[str, float]]:
     return figures
 
 
-_PUT_UP_WITH = ("max_broken_share", "on_nan", "max_skipped")  # decides nothing of the weights
+# What decides nothing of the weights.
+_INDIFFERENT = ("start_from", "max_broken_share", "on_nan", "max_skipped", "features_gigabytes")
 
 
 def recipe(config: dict) -> dict:
@@ -127,7 +128,7 @@ def recipe(config: dict) -> dict:
     def without_paths(node: Any) -> Any:
         if not isinstance(node, dict):
             return node
-        return {key: without_paths(value) for key, value in node.items() if key not in ("start_from", *_PUT_UP_WITH)}
+        return {key: without_paths(value) for key, value in node.items() if key not in _INDIFFERENT}
 
     found = {key: without_paths(config[key]) for key in RECIPE_KEYS}
     data = {key: value for key, value in found["data"].items() if key not in ("stage1", "stage2", "held_out")}
