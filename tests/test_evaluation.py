@@ -15,9 +15,14 @@ from data_prep import toy_language
 from vllava.data.build import conversation_packer, sample_decoder
 from vllava.data.packing import pack
 from vllava.errors import UserError
-from vllava.evaluation.answers import Answer, answer_all, ask, check_rows, normalise, pictures, read_samples
+from vllava.evaluation import generate
+from vllava.evaluation.answers import Answer, answer_all, ask, normalise, pictures, read_samples
+from vllava.evaluation.benchmarks.held_out import HeldOut, in_words
+from vllava.evaluation.blocks import blind
 from vllava.evaluation.evaluate import evaluate
 from vllava.evaluation.figures import summary, table, types
+from vllava.evaluation.predictions import Predictions
+from vllava.evaluation.questions import Answer as Answered
 from vllava.evaluation.report import sample_rows, write_report
 from vllava.model.build import fresh_llm, video_llava
 
@@ -190,15 +195,23 @@ def test_the_prompt_ends_where_the_answer_would_begin(tmp_path, packer):
     assert packer.tokenizer.decode(packer.prompt(sample).token_ids).endswith("USER: Is there a red circle? ASSISTANT:")
 
 
+def held_out(folder):
+    return HeldOut("held_out", "", sources={"image": {"all": str(folder)}}, remedy=REMEDY)
+
+
 def test_a_blind_question_shows_neither_the_medium_nor_its_place(tmp_path, model, packer):
     """A model without encoders can answer it, and it gets the answer of the same question without a medium."""
     media = [image_sample("a", 40), video_sample("b", 40)]
     write_source(tmp_path / "media", media, per_shard=2)
     write_source(tmp_path / "bare", [text_sample("a"), text_sample("b")], per_shard=2)
-    seen, bare = (list(read_samples(tmp_path / name, sample_decoder(SPECS), REMEDY)) for name in ("media", "bare"))
-    blind = answer_all(model, packer, seen, 2, max_new_tokens=8, blind=True)
-    assert [a.answer for a in blind] == [a.answer for a in answer_all(model, packer, bare, 2, max_new_tokens=8)]
-    assert [a.medium for a in blind] == ["image", "video"]
+    seen, bare = (held_out(tmp_path / name).questions() for name in ("media", "bare"))
+    asking = generate.Asking(model, packer, sample_decoder(SPECS), 8, batch_size=2, workers=0)
+    found = [
+        [one.text for one in generate.answer(asking, asked, Predictions(tmp_path, name, {}))]
+        for name, asked in (("blind", list(map(blind, seen))), ("plain", bare))
+    ]
+    assert found[0] == found[1]
+    assert [in_words(Answered(question, "")).medium for question in seen] == ["image", "video"]
 
 
 def test_a_question_with_its_medium_fills_the_mediums_slots(tmp_path, packer):
@@ -280,9 +293,9 @@ def test_the_report_shows_that_a_question_was_not_scored(tmp_path):
 def test_a_row_of_an_odd_kind_is_named_before_anything_is_asked(tmp_path, question, words):
     odd = ("odd", {"id": ["any"], "conversations": talk(placeholder=""), "question": question}, [])
     write_source(tmp_path / "s", [text_sample("good"), odd], per_shard=2)
-    for read in (check_rows, lambda *a: list(read_samples(a[0], sample_decoder(SPECS), a[1]))):
+    for read in (lambda a: held_out(a).questions(), lambda a: list(read_samples(a, sample_decoder(SPECS), REMEDY))):
         with pytest.raises(UserError, match=rf"00000.tar:odd: .*{words}"):
-            read(tmp_path / "s", REMEDY)
+            read(tmp_path / "s")
 
 
 @pytest.mark.parametrize(

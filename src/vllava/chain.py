@@ -42,8 +42,28 @@ def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> None:
 
 def chain_identity(cfg: DictConfig) -> Identity:
     """What a chain is: its parts, and what was asked of all of them."""
+    return {"chain": list(cfg.chain), **_of_all_parts(cfg)}
+
+
+def _of_all_parts(cfg: DictConfig) -> Identity:
     asked = sorted(override for override in HydraConfig.get().overrides.task if tells_apart(override))
-    return {"chain": list(cfg.chain), "ablation": cfg.ablation, "seed": cfg.seed, "overrides": asked}
+    return {"ablation": cfg.ablation, "seed": cfg.seed, "overrides": asked}
+
+
+def _is_done(part: Path) -> bool:
+    done = read_run(part)
+    return done is not None and done.is_finished
+
+
+def _figures(name: str, part: Path, experiment: str, *changes: str) -> dict[str, Any]:
+    """What a part of several found: it is run, unless it was done already."""
+    if _is_done(part):
+        print(f"{name}: was done already, in {part}", flush=True)
+    else:
+        run_apart(experiment, part, *changes)
+        if not _is_done(part):
+            raise UserError(f"{name} ended without its result in {part} (see above): start the chain again.")
+    return json.loads((part / METRICS).read_text())
 
 
 def run_chain(cfg: DictConfig) -> None:
@@ -61,13 +81,8 @@ def run_chain(cfg: DictConfig) -> None:
     }
     seconds = {}
     for experiment, part in parts.items():
-        if (done := read_run(part)) is not None and done.is_finished:
-            print(f"{experiment}: was done already, in {part}", flush=True)
-        else:
-            run_apart(experiment, part, f"runs={folder}")
-            _require_done(experiment, part)
-        seconds[experiment] = json.loads((part / METRICS).read_text()).get("seconds", 0.0)
-    last = json.loads((part / METRICS).read_text())
+        last = _figures(experiment, part, experiment, f"runs={folder}")
+        seconds[experiment] = last.get("seconds", 0.0)
     seconds["total"] = round(sum(seconds.values()), 1)
     write_json(folder / METRICS, {**last, "seconds": seconds})
     if (part / "report.html").is_file():
@@ -79,8 +94,7 @@ def run_chain(cfg: DictConfig) -> None:
 
 def benchmarks_identity(cfg: DictConfig) -> Identity:
     """What several evaluations are: their benchmarks, and what was asked of all of them."""
-    asked = sorted(override for override in HydraConfig.get().overrides.task if tells_apart(override))
-    return {"benchmarks": dict(cfg.benchmarks), "ablation": cfg.ablation, "seed": cfg.seed, "overrides": asked}
+    return {"benchmarks": dict(cfg.benchmarks), **_of_all_parts(cfg)}
 
 
 def run_benchmarks(cfg: DictConfig) -> None:
@@ -91,17 +105,12 @@ def run_benchmarks(cfg: DictConfig) -> None:
     """
     folder, failed, found = Path(cfg.run_dir), {}, {}
     for name, root in cfg.benchmarks.items():
-        part = folder / name
+        # The folder in which what the benchmarks have in common is looked for stays the command line's.
+        roots = [f"benchmark.root={root}"] if root is not None else []
         try:
-            if (done := read_run(part)) is not None and done.is_finished:
-                print(f"{name}: was done already, in {part}", flush=True)
-            else:
-                print(f"{name}: in {part}", flush=True)
-                # The folder in which what the benchmarks have in common is looked for stays the command line's.
-                roots = [f"benchmark.root={root}"] if root is not None else []
-                run_apart(cfg.experiment, part, f"benchmark={name}", *roots)
-                _require_done(name, part)
-            found[name] = json.loads((part / METRICS).read_text())
+            if not _is_done(folder / name):
+                print(f"{name}: in {folder / name}", flush=True)
+            found[name] = _figures(name, folder / name, cfg.experiment, f"benchmark={name}", *roots)
         except UserError as error:
             failed[name] = error.paragraph
             say(f"error: {name}: {error.paragraph}")
@@ -113,12 +122,6 @@ def run_benchmarks(cfg: DictConfig) -> None:
         )
     write_json(folder / METRICS, {"benchmarks": found, "seconds": seconds})
     print(f"{', '.join(found)}: done in {seconds:.0f} s; figures and reports in the folders below {folder}")
-
-
-def _require_done(experiment: str, part: Path) -> None:
-    done = read_run(part)
-    if done is None or not done.is_finished:
-        raise UserError(f"{experiment} ended without its result in {part} (see above): start the chain again.")
 
 
 def require_folders(cfg: DictConfig) -> None:

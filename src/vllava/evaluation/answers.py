@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from vllava.data.packing import ConversationPacker, PackedSample, pack
 from vllava.data.patience import Remote
 from vllava.data.samples import Medium, Sample, SampleDecoder
 from vllava.data.shards import ShardReader, read_manifest
-from vllava.errors import UserError, reading
+from vllava.errors import UserError
 from vllava.model.device import autocast
 from vllava.model.video_llava import VideoLlava
 
@@ -81,19 +80,6 @@ def read_samples(
             if packer is not None:
                 packer.prompt(sample)
         yield sample
-
-
-def check_rows(folder: str | Path, remedy: str, remote: Remote | None = None) -> None:
-    """Read the records of a folder of shards, without their media, before time is spent on the first of them.
-
-    Raises UserError, which names the sample, where a question's type or options are of an odd kind.
-    """
-    for place, reader, shard, index in places(folder, remedy, remote=remote):
-        with named(place):
-            members = reader.read(shard, index, only=("json",))[1]
-            with reading("its record"):
-                record = json.loads(members.get("json", b"{}"))
-            check_question(record)
 
 
 def places(
@@ -182,21 +168,15 @@ def answer_all(
     samples: Sequence[Sample],
     batch_size: int,
     max_new_tokens: int,
-    blind: bool = False,
     **sampling: Any,
 ) -> list[Answer]:
-    """Ask about every sample; `blind` takes the media and their placeholders away, to see what the words give away."""
+    """Ask about every sample."""
     answers = []
     for start in range(0, len(samples), batch_size):
         chunk = samples[start : start + batch_size]
-        asked = [_blinded(sample) for sample in chunk] if blind else chunk
-        texts = ask(model, packer, asked, max_new_tokens, **sampling)
+        texts = ask(model, packer, chunk, max_new_tokens, **sampling)
         answers += [_answer(sample, text) for sample, text in zip(chunk, texts, strict=True)]
     return answers
-
-
-def _blinded(sample: Sample) -> Sample:
-    return replace(sample, conversation=without_media(sample.conversation, sample.kinds), media=[])
 
 
 def _answer(sample: Sample, text: str) -> Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -55,17 +56,20 @@ def _from_hub(name: str, patterns: Sequence[str]) -> Path:
         log.warning(
             "%s: %d files, %.2f GB, are fetched from the hub unless they are here", name, len(wanted), size / 1e9
         )
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=list(patterns)))
+        return _fetched(name, patterns)
     except UserError:
         raise
     except Exception as error:  # of the hub, of the network, of its cache
-        try:
-            found_here = snapshot_download(
-                name, repo_type="dataset", allow_patterns=list(patterns), local_files_only=True
-            )
-            return Path(found_here)
-        except Exception:
-            raise UserError(
-                f"There is no folder {name}, and the hub gives no data set of that name ({reason(error)}). Give the "
-                "folder of the data; docs/benchmarks.md shows both layouts."
-            ) from error
+        with suppress(OSError, ValueError):  # not here either, or no name of one
+            return _fetched(name, patterns, local_files_only=True)
+        raise UserError(
+            f"There is no folder {name}, and the hub gives no data set of that name ({reason(error)}). Give the "
+            "folder of the data; docs/benchmarks.md shows both layouts."
+        ) from error
+
+
+def _fetched(name: str, patterns: Sequence[str], local_files_only: bool = False) -> Path:
+    found = snapshot_download(
+        name, repo_type="dataset", allow_patterns=list(patterns), local_files_only=local_files_only
+    )
+    return Path(found)
