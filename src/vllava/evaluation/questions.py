@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,6 +95,17 @@ class Request:
     id: str
     prompt: str
     slots: Mapping[str, str]
+
+
+def requests_about(
+    answers: Sequence[Answer], prompt: str, slots: Callable[[Question], Mapping[str, str]]
+) -> list[Request]:
+    """A request about each question that was answered: what `slots` gives for it, and the answer as the prediction."""
+    return [
+        Request(answer.question.id, prompt, {**slots(answer.question), "prediction": answer.text})
+        for answer in answers
+        if answer.text is not None
+    ]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from vllava.evaluation.benchmark import Benchmark, Metric, Row, ratio
 from vllava.evaluation.files import Record, checked, image_file, read_jsonl, unique
 from vllava.evaluation.places import find_place
 from vllava.evaluation.published import cluster, predictions
-from vllava.evaluation.questions import Answer, Question, Request, Verdict, question
+from vllava.evaluation.questions import Answer, Question, Request, Verdict, question, requests_about
 from vllava.evaluation.tables import read_table
 
 LOWEST, HIGHEST = 1.0, 10.0  # of the judge's scale
@@ -41,6 +41,10 @@ COUNTING = {
 }
 
 
+def _slots(question: Question) -> dict[str, str]:
+    return {"caption": question.about["caption"], "question": question.prompt, "reference": question.truth}
+
+
 @dataclass
 class LlavaBench(Benchmark):
     """100 * mean score of the model / mean score of the reference, and both means times 10.
@@ -58,20 +62,7 @@ class LlavaBench(Benchmark):
         return checked(self, _from_tables(place.folder) if place.tables else _from_files(place.folder))
 
     def requests(self, answers: Sequence[Answer]) -> list[Request]:
-        return [
-            Request(
-                answer.question.id,
-                "llava_bench",
-                {
-                    "caption": answer.question.about["caption"],
-                    "question": answer.question.prompt,
-                    "reference": answer.question.truth,
-                    "prediction": answer.text,
-                },
-            )
-            for answer in answers
-            if answer.text is not None
-        ]
+        return requests_about(answers, "llava_bench", _slots)
 
     def rows(self, answers: Sequence[Answer], verdicts: Mapping[str, Verdict]) -> list[Row]:
         return [_row(answer, verdicts.get(answer.question.id)) for answer in answers]

@@ -12,7 +12,7 @@ from vllava.evaluation.benchmark import Benchmark, Metric, Row, ratio
 from vllava.evaluation.files import Record, checked, image_file, read_by_id, read_jsonl, unique
 from vllava.evaluation.places import find_place
 from vllava.evaluation.published import cluster, predictions
-from vllava.evaluation.questions import Answer, Question, Request, Verdict, question
+from vllava.evaluation.questions import Answer, Question, Request, Verdict, question, requests_about
 from vllava.evaluation.tables import read_table
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
@@ -33,6 +33,10 @@ METRICS = (
 )
 
 
+def _slots(question: Question) -> dict[str, str]:
+    return {"question": question.about["asked"], "answer": question.truth}
+
+
 @dataclass
 class MMVet(Benchmark):
     """Mean score times 100, also for each capability and each set of them. One run of the judge, as in the original."""
@@ -44,19 +48,7 @@ class MMVet(Benchmark):
         return checked(self, _from_tables(place.folder) if place.tables else _from_files(place.folder))
 
     def requests(self, answers: Sequence[Answer]) -> list[Request]:
-        return [
-            Request(
-                answer.question.id,
-                "mm_vet",
-                {
-                    "question": answer.question.about["asked"],
-                    "answer": answer.question.truth,
-                    "prediction": answer.text,
-                },
-            )
-            for answer in answers
-            if answer.text is not None
-        ]
+        return requests_about(answers, "mm_vet", _slots)
 
     def rows(self, answers: Sequence[Answer], verdicts: Mapping[str, Verdict]) -> list[Row]:
         return [_row(answer, verdicts.get(answer.question.id)) for answer in answers]

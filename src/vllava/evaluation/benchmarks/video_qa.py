@@ -13,7 +13,7 @@ from vllava.evaluation.benchmarks.video_files import Videos
 from vllava.evaluation.files import Record, checked, read_records, unique, warn
 from vllava.evaluation.places import find_place
 from vllava.evaluation.published import cluster
-from vllava.evaluation.questions import Answer, FileMedium, Medium, Question, Request, Verdict, question
+from vllava.evaluation.questions import Answer, FileMedium, Medium, Question, Request, Verdict, question, requests_about
 from vllava.evaluation.tables import read_table
 
 _NEEDED = {"question": ("question",), "answer": ("answer",)}
@@ -32,6 +32,10 @@ METRICS = (
     Metric("score_judged", ("score", "score_judged"), ratio, 1.0),
     Metric("unjudged", ("unjudged",)),  # % of questions
 )
+
+
+def _slots(question: Question) -> dict[str, str]:
+    return {"question": question.prompt, "answer": question.truth}
 
 
 @dataclass
@@ -58,15 +62,7 @@ class VideoQA(Benchmark):
         )
 
     def requests(self, answers: Sequence[Answer]) -> list[Request]:
-        return [
-            Request(
-                answer.question.id,
-                "video_qa",
-                {"question": answer.question.prompt, "answer": answer.question.truth, "prediction": answer.text},
-            )
-            for answer in answers
-            if answer.text is not None
-        ]
+        return requests_about(answers, "video_qa", _slots)
 
     def rows(self, answers: Sequence[Answer], verdicts: Mapping[str, Verdict]) -> list[Row]:
         judged = [verdict.values for verdict in verdicts.values() if verdict.values is not None]
