@@ -96,6 +96,10 @@ SPLITS: dict[str, tuple[Source, ...]] = {
         Source("foundations/text", "text", "questions", 56_000, rounds=16),
         Source("foundations/text-time", "text", "questions", 40_000, clips=0.85, time_first=True),
     ),
+    "foundations-video": (  # what of these the video encoder learns from, and is measured on
+        Source("foundations/videos", "video", "caption", 16_000),
+        Source("foundations/held-out-videos", "video", "caption", 512),
+    ),
     "foundations-test": (
         Source("foundations/held-out-images", "image", "caption", 512),
         Source("foundations/held-out-videos", "video", "caption", 512),

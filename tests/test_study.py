@@ -23,7 +23,7 @@ from vllava.identity import identity_of
 from vllava.lineage import resolve
 from vllava.runs import Run, finished_as
 from vllava.study import Cell, Outcome, Study, gather, keep, record_of, with_checkpoints
-from vllava.study_run import given_of, part_of
+from vllava.study_run import given_of, part_of, place
 from vllava.study_sweep import cells_of
 
 SMALL = ["data.global_batch=2"]  # steps enough to be killed in
@@ -162,9 +162,32 @@ def test_a_run_of_before_is_called_by_its_name():
     assert "encoder=/r/x/checkpoint" in with_checkpoints(overrides, {"early": Path("/r/x")})
 
 
+def test_where_a_level_stands_may_be_measured_of_a_run_that_is_made_first(tmp_path):
+    levels = {"early": {"x": "@early"}, "shipped": {"x": str(tmp_path / "shipped")}, "whole": {"x": 1.0}}
+    study = Study.of({**STUDY, "levels": levels, "measure": {"_target_": "os.path.getsize", "_partial_": True}})
+    (tmp_path / "shipped").write_text("four")
+    early = tmp_path / "early" / "checkpoint"
+    early.parent.mkdir()
+    early.write_text("three")
+
+    def places():
+        gather(tmp_path, study, [], [])
+        return [level["x"] for level in json.loads((tmp_path / "study.json").read_text())["levels"].values()]
+
+    place(study, "early", tmp_path, {})  # as a run does that needs nothing of what is made first
+    assert places() == [None, None, 1.0]
+    for level in levels:
+        place(study, level, tmp_path, {"early": early.parent})
+    assert places() == [5, 4, 1.0]
+    early.unlink()
+    place(study, "early", tmp_path, {"early": early.parent})  # is not measured twice
+    assert places() == [5, 4, 1.0]
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        ({"levels": {"early": {"x": "@early"}}}, r"study\.levels\.early\.x is '@early', but study\.measure"),
         ({"baseline": "c"}, r"Unknown key 'c' in study\.baseline"),
         ({"seeds": ["one"]}, r"study\.seeds"),
         ({"arms": {"a": {"override": []}}}, r"Unknown key 'override' in study\.arms\.a: did you mean 'overrides'"),

@@ -12,8 +12,10 @@ from vllava import report
 from vllava.errors import UserError
 from vllava.verdicts.answers import of_types, pope, read_sheet
 from vllava.verdicts.curves import curves_of
+from vllava.verdicts.figures import Figure, left_out
 from vllava.verdicts.findings import NOT_REPRODUCED, REPRODUCED, UNDECIDED, find
 from vllava.verdicts.report import as_html, as_json, as_text, report_on
+from vllava.verdicts.statistics import over_seeds
 from vllava.verdicts.study_file import read_study
 from vllava.verdicts.tables import tables_of
 
@@ -76,6 +78,16 @@ def test_blind_and_chance_are_those_of_the_sources_of_a_figure_weighted_by_their
     assert found.figure("united", "all", "image").blind == pytest.approx((0.2 * 30 + 0.5 * 10) / 40)
     assert found.figure("united", "all", "probes").blind == pytest.approx(0.9)
     assert found.figure("united", "all", "image").chance is None
+
+
+def test_a_seed_left_out_is_looked_for_where_the_others_expect_it():
+    def figure(*shares):
+        return Figure("united", "all", "image", "", over_seeds(shares), dict(enumerate(shares, 1)))
+
+    close = figure(0.90, 0.91, 0.92, 0.91)  # by hand, the one of 0.90: 0.9133 ± 4.303 · 0.00577 · √(4/3)
+    assert left_out([close]) == (4, 4)
+    assert left_out([close, figure(0.90, 0.9001, 0.9002, 0.99)]) == (7, 8)  # three are where the 0.99 makes it wide
+    assert left_out([figure(0.9, 0.2)]) == (0, 0)  # one seed alone expects nothing
 
 
 def test_a_large_difference_is_reproduced_and_the_seeds_that_both_have_are_compared(whole):
@@ -297,7 +309,16 @@ def test_over_levels_every_claim_has_a_curve_and_each_level_is_corrected_for_its
     page = as_html(made)
     assert "Joint training helps images (vs image_only)" in re.findall("<figcaption>(.*?)</figcaption>", page)
     assert "Images, by share of videos" in page and "few (0.13)" in page
+    assert not any(one.startswith("Where on the axis") for one in made.found.remarks)
     assert "| Joint training helps images | most | image_only | reproduced |" in as_text(made)
+
+
+def test_a_level_whose_place_is_not_known_is_named_and_in_the_tables_alone(tmp_path):
+    skills, claims = {arm: SKILLS[arm] for arm in ("united", "image_only")}, {"joint_images": CLAIMS["joint_images"]}
+    levels = {"measured": 0.2, "unmeasured": None}
+    made = report_on(write_study(tmp_path / "study", skills, levels=levels, axis="retrieval", claims=claims, **SMALL))
+    assert "Where on the axis it stands is not known of unmeasured: in the tables alone." in made.found.remarks
+    assert "unmeasured" in as_text(made)
 
 
 # --- learning curves --------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A study: several systems with several seeds, and what became of each run. `conf/study/` says which.
 
-A study's folder holds `runs/`, a record of each of its runs, written by that run alone, and `study.json`, which gathers
-them: after every run, and when a study starts and ends.
+A study's folder holds `runs/`, a record of each of its runs, written by that run alone, `levels/`, where on the axis a
+level was measured to stand, and `study.json`, which gathers them: after every run, and when a study starts and ends.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ STUDY = "study.json"
 ALL = "all"  # the level of a study that has one alone
 FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
 _CHECKPOINT_OF = re.compile(r"@(\w+)")  # in an override: the checkpoint of a run of `before`
-_VARIANT = {"overrides": list[str], "chain": list[str] | None, "x": float | None}
+_VARIANT = {"overrides": list[str], "chain": list[str] | None, "x": float | str | None}
 _HINTS: dict[str, Any] = {
     **{"name": str, "title": str, "baseline": str, "axis": str | None},
+    "measure": dict[str, Any] | None,
     **{"seeds": list[int], "chain": list[str], "overrides": list[str], "before": dict[str, list[str]]},
     **dict.fromkeys(("arms", "levels", "claims"), dict[str, Any]),
 }
@@ -39,12 +40,12 @@ OWN = ("experiment", "run_dir", "chain", "projector", "rerun", "evaluation.check
 class Variant:
     """What one arm, or one level, changes: overrides as on the command line, another chain of experiments.
 
-    x: where a level stands on the study's axis.
+    x: where a level stands on the study's axis; or what the study measures to find out, a path or @NAME of `before`.
     """
 
     overrides: list[str] = field(default_factory=list)
     chain: list[str] | None = None
-    x: float | None = None
+    x: float | str | None = None
 
     @classmethod
     def of(cls, where: str, given: Any) -> Variant:
@@ -65,7 +66,7 @@ class Cell:
     @property
     def name(self) -> str:
         level = "" if self.level == ALL else f"-{self.level}"
-        return re.sub(r"[^\w.-]", "_", f"{self.arm}{level}-s{self.seed}", flags=re.ASCII)
+        return safe(f"{self.arm}{level}-s{self.seed}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Study:
 
     arms: name -> what is other in this system; levels: the same, crossed with the arms; axis: what levels differ in;
     overrides: of all runs; chain: the experiments of a run, one after the other; before: name -> overrides of a run
-    that is made first, whose checkpoint arms and levels call @NAME; claims: for the report.
+    that is made first, whose checkpoint arms and levels call @NAME; measure: a function, as Hydra instantiates it, that
+    makes a number of a level's x where that is a path; claims: for the report.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Study:
     before: dict[str, list[str]] = field(default_factory=dict)
     title: str = ""
     axis: str | None = None
+    measure: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Study:
@@ -102,6 +105,11 @@ class Study:
         require_known("study.baseline", [study.baseline], study.arms)
         if not study.chain:
             raise UserError("study.chain is empty: name the experiments of a run, such as [stage1, stage2, evaluate].")
+        for name, level in study.levels.items():
+            if isinstance(level.x, str) and not study.measure:
+                raise UserError(
+                    f"study.levels.{name}.x is {level.x!r}, but study.measure does not say how to measure it."
+                )
         return study
 
     def cell(self, arm: Any, level: Any, seed: Any) -> Cell:
@@ -126,7 +134,7 @@ class Study:
 
     def needed(self, overrides: Sequence[str]) -> list[str]:
         """The runs of `before` whose checkpoints these overrides name."""
-        named = dict.fromkeys(name for one in overrides for name in _CHECKPOINT_OF.findall(one.partition("=")[2]))
+        named = dict.fromkeys(name for one in overrides for name in names_in(one.partition("=")[2]))
         require_known("study.before", named, self.before)
         return [*named]
 
@@ -136,14 +144,20 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
+def names_in(value: str) -> list[str]:
+    """The runs of `before` that a value calls @NAME."""
+    return _CHECKPOINT_OF.findall(value)
+
+
+def with_checkpoint(value: str, made: Mapping[str, Path]) -> str:
+    """A value with the folders of checkpoints in place of @NAME."""
+    return _CHECKPOINT_OF.sub(lambda found: str(made[found[1]] / "checkpoint"), value)
+
+
 def with_checkpoints(overrides: Sequence[str], made: Mapping[str, Path]) -> list[str]:
     """Overrides with the folders of checkpoints in place of @NAME."""
-
-    def folder(found: re.Match) -> str:
-        return str(made[found[1]] / "checkpoint")
-
     split = [one.partition("=") for one in overrides]
-    return [f"{key}{equals}{_CHECKPOINT_OF.sub(folder, value)}" for key, equals, value in split]
+    return [f"{key}{equals}{with_checkpoint(value, made)}" for key, equals, value in split]
 
 
 # --- what became of the runs ------------------------------------------------------------------------------------------
@@ -197,6 +211,28 @@ def outcomes(folder: Path) -> dict[Cell, Outcome]:
     return found
 
 
+def place_of(folder: Path, level: str, x: float | str | None) -> float | None:
+    """Where a level stands on the axis of the study in a folder, None where it was not measured yet."""
+    path = measured_in(folder, level)
+    if not isinstance(x, str):
+        return x
+    if not path.is_file():
+        return None
+    with reading(path, "Delete it, and it is measured again."):
+        found = json.loads(path.read_text())
+        return found["x"] if found["of"] == x else None
+
+
+def measured_in(folder: Path, level: str) -> Path:
+    """The record of where a level was measured to stand."""
+    return folder / "levels" / f"{safe(level)}.json"
+
+
+def safe(name: str) -> str:
+    """A name as a part of a file's."""
+    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
+
+
 def listed_in(folder: Path) -> list[Cell]:
     """The runs that a study's folder lists."""
     with reading(folder / STUDY, "Start the study again, which writes it anew."):
@@ -223,6 +259,8 @@ def gather(folder: Path, study: Study, given: Sequence[str], cells: Sequence[Cel
         order = {arm: number for number, arm in enumerate(study.arms)}
         listed.sort(key=lambda one: (order[one.arm], [*study.levels].index(one.level), one.seed))
         content = {**asdict(study), "seeds": sorted({one.seed for one in listed}), "given": list(given)}
+        for name, level in content["levels"].items():
+            level["x"] = place_of(folder, name, level["x"])
         write_json(folder / STUDY, {**content, "runs": [asdict(one) for one in listed]})
     return listed
 

@@ -18,10 +18,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from vllava.config import PROJECT, composed_beside
 from vllava.cores import LIMITS, cores
+from vllava.data.writing import write_json
 from vllava.errors import UserError, reason
 from vllava.forked import Forked
 from vllava.identity import digest, evaluation_identity, identity_of, tells_apart
@@ -37,11 +39,16 @@ from vllava.study import (
     Cell,
     Outcome,
     Study,
+    alone,
     gather,
     keep,
     key_of,
     listed_in,
+    measured_in,
+    names_in,
+    place_of,
     relative,
+    with_checkpoint,
     with_checkpoints,
 )
 
@@ -154,12 +161,28 @@ def _make_all(study: Study, cell: Cell, outcome: Outcome, folder: Path, runs: Pa
     log = log_of(folder, cell)
     given = given_of(HydraConfig.get().overrides.task)
     before = {name: made(before_of(study, name, given, runs), cell, log) for name in study.needed(outcome.overrides)}
+    place(study, cell.level, folder, before)
     overrides = with_checkpoints(outcome.overrides, before)
     parts: dict[str, Path] = {}
     for experiment in study.chain_of(cell):
         parts[experiment] = made(part_of(experiment, [*overrides, *after(experiment, parts)], runs), cell, log)
         outcome.parts[experiment] = relative(parts[experiment], folder)
         keep(folder, outcome)
+
+
+def place(study: Study, level: str, folder: Path, before: Mapping[str, Path]) -> None:
+    """Measure where a level stands on the study's axis, if nobody has; with the runs of `before` that are made.
+
+    A run that does without what is measured leaves it to another of the level.
+    """
+    x, path = study.levels[level].x, measured_in(folder, level)
+    if not isinstance(x, str) or not set(names_in(x)) <= set(before):
+        return
+    path.parent.mkdir(exist_ok=True)
+    with alone(path.with_name(f".{path.name}.lock")):
+        if place_of(folder, level, x) is None:
+            found = instantiate(study.measure)(Path(with_checkpoint(x, before)))
+            write_json(path, {"of": x, "x": found})
 
 
 def made(part: Part, cell: Cell, log: Path) -> Path:

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from vllava.batch import MediumSpec
+from vllava.batch import CaptionBatch, MediumSpec
 from vllava.data.build import caption_data, conversation_data, conversation_packer, sample_decoder
 from vllava.errors import UserError, stop
 from vllava.evaluation.answers import answer_all, read_samples
@@ -37,13 +38,12 @@ _FRAMES = 8
 _REMEDY = "Make them with `python -m data_prep.toy foundations-test`."
 
 
-@torch.no_grad()
-def _embed(encoder: LanguageBind, kind: str, folder: Path, tokenizer_path: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings of a held-out source [n, D]: media, captions, and (for videos) their middle frames' pixels [n, …]."""
+def _batches(encoder: LanguageBind, kind: str, folder: Path, tokenizer: Path) -> list[CaptionBatch]:
+    """A held-out source, as an encoder reads it."""
     size = encoder.config.vision_config.image_size
     data = caption_data(
         {kind: MediumSpec(size, 0, _FRAMES if kind == "video" else 1)},
-        load_tokenizer(str(tokenizer_path)),
+        load_tokenizer(str(tokenizer)),
         {kind: [str(folder)]},
         [kind],
         global_batch=128,
@@ -51,11 +51,20 @@ def _embed(encoder: LanguageBind, kind: str, folder: Path, tokenizer_path: Path)
         workers=0,
         remedy=_REMEDY,
     )
-    batches = [batch for step in data.train_dataloader() for batch in step.micro_batches]
-    media = torch.cat([encoder.embed_media(b.pixels) for b in batches])
-    text = torch.cat([encoder.embed_text(b.token_ids, b.attention_mask) for b in batches])
-    frames = torch.cat([b.pixels[:, _FRAMES // 2] if kind == "video" else b.pixels for b in batches])
-    return media, text, frames
+    return [batch for step in data.train_dataloader() for batch in step.micro_batches]
+
+
+@torch.no_grad()
+def _embed(encoder: LanguageBind, batches: Sequence[CaptionBatch]) -> tuple[Tensor, Tensor]:
+    """Embeddings of media and of their captions [n, D]."""
+    media = torch.cat([encoder.embed_media(batch.pixels) for batch in batches])
+    return media, torch.cat([encoder.embed_text(batch.token_ids, batch.attention_mask) for batch in batches])
+
+
+@torch.no_grad()
+def _middles(encoder: LanguageBind, batches: Sequence[CaptionBatch]) -> Tensor:
+    """Embeddings of videos' middle frames as images [n, D]."""
+    return torch.cat([encoder.embed_media(batch.pixels[:, _FRAMES // 2]) for batch in batches])
 
 
 def retrieval(queries: Tensor, answers: Tensor) -> float:
@@ -87,6 +96,16 @@ def reading(llm_path: Path, folder: Path) -> dict[str, float]:
     return {name: round(sum(a.correct for a in group) / len(group), 4) for name, group in groups.items()}
 
 
+def image_to_video(video: Path, images: str, held_out: str, tokenizer: str) -> float:
+    """How often the middle frame of a held-out video, as an image, finds that video: how well two encoders are aligned.
+
+    video, images: checkpoints of the two. Neither is ever trained on such pairs: both are aligned with text alone.
+    """
+    encoder, stills = (LanguageBind.from_pretrained(one, dtype=torch.float32).eval() for one in (video, images))
+    batches = _batches(encoder, "video", Path(held_out), Path(tokenizer))
+    return retrieval(_middles(stills, batches), _embed(encoder, batches)[0])
+
+
 def measure(assets: Path, world: Path) -> dict[str, dict[str, float]]:
     """The figures of every foundation that has any, on the held-out sources: retrieval among all of a source."""
     held_out = world / "foundations"
@@ -96,17 +115,16 @@ def measure(assets: Path, world: Path) -> dict[str, dict[str, float]]:
         return LanguageBind.from_pretrained(assets / name, dtype=torch.float32).eval()
 
     figures: dict[str, dict[str, float]] = {}
-    image = load("languagebind-image")
+    image, video = load("languagebind-image"), load("languagebind-video")
     for name, encoder in (("languagebind-image", image), ("clip", load("clip"))):
-        media, text, _ = _embed(encoder, "image", held_out / "held-out-images", tokenizer)
+        media, text = _embed(encoder, _batches(encoder, "image", held_out / "held-out-images", tokenizer))
         figures[name] = {"image_to_text": retrieval(media, text), "text_to_image": retrieval(text, media)}
-    media, text, frames = _embed(load("languagebind-video"), "video", held_out / "held-out-videos", tokenizer)
-    with torch.no_grad():
-        middle = image.embed_media(frames)
+    clips = _batches(video, "video", held_out / "held-out-videos", tokenizer)
+    media, text = _embed(video, clips)
     figures["languagebind-video"] = {
         "video_to_text": retrieval(media, text),
         "text_to_video": retrieval(text, media),
-        "image_to_video": retrieval(middle, media),  # never trained: both are aligned with text alone
+        "image_to_video": retrieval(_middles(image, clips), media),
     }
     figures["llm"] = {
         "perplexity": perplexity(assets / "llm", held_out / "held-out-text"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,17 @@ def _figure(
     if not by_seed:
         return []
     return [Figure(arm, level, figure, part, over_seeds([*by_seed.values()]), by_seed, blind, chance)]
+
+
+def left_out(figures: Iterable[Figure]) -> tuple[int, int]:
+    """How many figures of a seed lie where the other seeds expect one more, and of how many; each left out in turn."""
+    within, total = 0, 0
+    for one in (figure for figure in figures if len(figure.by_seed) > 2):
+        for seed, value in one.by_seed.items():
+            others = over_seeds([other for name, other in one.by_seed.items() if name != seed])
+            within += others.next_low <= value <= others.next_high
+            total += 1
+    return within, total
 
 
 def _beside(metrics: dict, figure: str) -> tuple[float | None, float | None]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from vllava.errors import UserError
 from vllava.verdicts.answers import FIGURES, Wanted, aligned, of_figure, of_types, share
-from vllava.verdicts.figures import Figure, Sheets, parts, read_sheets, seeds_of, settings, whole
-from vllava.verdicts.statistics import ALPHA, Gain, Spread, gain, holm
+from vllava.verdicts.figures import Figure, Sheets, left_out, parts, read_sheets, seeds_of, settings, whole
+from vllava.verdicts.statistics import ALPHA, LEVEL, Gain, Spread, gain, holm
 from vllava.verdicts.study_file import Claim, StudyFile
 
 REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "undecided at this size"
@@ -74,9 +74,18 @@ def find(study: StudyFile) -> Findings:
     lonely = [arm for arm in study.arms if len({seed for one, _, seed in sheets if one == arm}) == 1]
     if lonely:
         remarks.append(f"With one seed, nothing is known about seeds: {', '.join(lonely)}.")
+    if lost := [level for level, x in study.levels.items() if x is None] if len(study.levels) > 1 else []:
+        remarks.append(f"Where on the axis it stands is not known of {', '.join(lost)}: in the tables alone.")
+    figures = whole(study, sheets)
+    within, total = left_out(figures)
+    if total:
+        remarks.append(
+            f"Each seed left out in turn, {within} of {total} figures lie where the others expect one more seed; "
+            f"{LEVEL:.0%} should."
+        )
     return Findings(
         study,
-        whole(study, sheets),
+        figures,
         parts(study, sheets),
         {arm: rows for arm in study.arms if (rows := settings(study, sheets, arm))},
         [one for level in study.levels for one in _verdicts(study, sheets, level)],
