@@ -134,7 +134,7 @@ def measure(assets: Path, world: Path) -> dict[str, dict[str, float]]:
 
 
 # What decides nothing of the weights.
-_INDIFFERENT = ("start_from", "max_broken_share", "on_nan", "max_skipped", "features_gigabytes")
+_INDIFFERENT = ("start_from", "remedy", "max_broken_share", "on_nan", "max_skipped", "features_gigabytes")
 
 
 def recipe(config: dict) -> dict:
