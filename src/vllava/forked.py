@@ -21,14 +21,16 @@ _context.set_forkserver_preload(["vllava.run"])
 
 
 class Forked:
-    """`python SCRIPT ARGUMENTS`, which adds what it prints to a log; with what `stops.attend` asks of a process."""
+    """`python SCRIPT ARGUMENTS`, which adds what it prints to a log; with what `stops.attend` asks of a process.
 
-    def __init__(self, script: Path, arguments: Sequence[str], log: Path) -> None:
-        if (
-            multiprocessing.get_start_method() == "loky"
-        ):  # joblib's, of which a process that it did not start knows nothing
+    errors: where what it prints to stderr goes; None: to the log as well.
+    """
+
+    def __init__(self, script: Path, arguments: Sequence[str], log: Path, errors: Path | None = None) -> None:
+        # joblib's method is one of which a process that joblib did not start knows nothing.
+        if multiprocessing.get_start_method() == "loky":
             multiprocessing.set_start_method("forkserver", force=True)
-        self._process = _context.Process(target=_run, args=(str(script), [*arguments], str(log)))
+        self._process = _context.Process(target=_run, args=(str(script), [*arguments], str(log), str(errors or log)))
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for good in the server, if this starts it:
         try:  # what is sent to a whole group of processes is for the runs
             self._process.start()
@@ -45,16 +47,16 @@ class Forked:
         return self._process.exitcode or 0
 
 
-def _run(script: str, arguments: list[str], log: str) -> None:
+def _run(script: str, arguments: list[str], log: str, errors: str) -> None:
     die_with_parent()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a process of its own
-    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.close(handle)
+    for number, path in ((1, log), (2, errors)):
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(handle, number)
+        os.close(handle)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
