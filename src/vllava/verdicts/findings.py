@@ -81,7 +81,7 @@ def find(study: StudyFile) -> Findings:
     if total:
         remarks.append(
             f"Each seed left out in turn, {within} of {total} figures lie where the others expect one more seed; "
-            f"{LEVEL:.0%} should."
+            f"{100 * LEVEL:.0f} % should."
         )
     return Findings(
         study,
