@@ -153,9 +153,13 @@ def test_rows_after_the_step_and_half_a_line_are_dropped(tmp_path):
 # --- a process and its signals
 
 PROGRAM = """
-import os, signal, subprocess, sys, time
-from vllava.stops import Stops, Stopped, wait
+import os, signal, sys, time
+from pathlib import Path
+from vllava import forked
+from vllava.stops import Stops, Stopped, attend
 def ready(): print("ready", os.getpid(), flush=True)
+def wait(script): return attend(lambda: forked.Forked(Path(script), []))
+forked._context.set_forkserver_preload([])  # which takes seconds
 """
 
 
@@ -247,15 +251,19 @@ sys.exit({})
 @pytest.mark.parametrize(
     ("number", "whom"), [(signal.SIGTERM, "one"), (signal.SIGUSR1, "group"), (signal.SIGINT, "one")]
 )
-def test_a_parent_passes_signals_on_and_ends_with_its_childs_code(number, whom):
-    running = process(f"sys.exit(wait([sys.executable, '-c', {SLEEPING!r}]))", start_new_session=True)
+def test_a_parent_passes_signals_on_and_ends_with_its_childs_code(number, whom, tmp_path):
+    script = tmp_path / "sleeping.py"
+    script.write_text(SLEEPING)
+    running = process(f"sys.exit(wait({str(script)!r}))", start_new_session=True)
     (os.killpg if whom == "group" else os.kill)(running.pid, number)
     assert ended(running)[0] == CODES[number]
 
 
-def test_a_child_that_fails_or_ends_well_after_a_signal_stops_its_parent_all_the_same():
+def test_a_child_that_fails_or_ends_well_after_a_signal_stops_its_parent_all_the_same(tmp_path):
+    script = tmp_path / "deaf.py"
     for code, wanted in ((0, 143), (1, 1)):
-        running = process(f"sys.exit(wait([sys.executable, '-c', {DEAF.format(code)!r}]))")
+        script.write_text(DEAF.format(code))
+        running = process(f"sys.exit(wait({str(script)!r}))")
         running.send_signal(signal.SIGTERM)
         assert ended(running)[0] == wanted
 
@@ -293,9 +301,12 @@ def test_processes_that_torchrun_starts_again_do_not_look_for_those_that_have_en
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
 def test_a_child_is_asked_to_stop_when_its_parent_is_killed(tmp_path):
-    child = "import os; print('ready', flush=True); from vllava.stops import *\ntry:\n with Stops(9): time.sleep(60)\n"
-    child += f"finally: open({str(tmp_path / 'ended')!r}, 'w').close()"
-    running = process(f"wait([sys.executable, '-c', {child!r}])")
+    script = tmp_path / "sleeping.py"
+    child = (
+        "import time; print('ready', flush=True); from vllava.stops import *\ntry:\n with Stops(9): time.sleep(60)\n"
+    )
+    script.write_text(child + f"finally: open({str(tmp_path / 'ended')!r}, 'w').close()")
+    running = process(f"wait({str(script)!r})")
     time.sleep(0.5)
     running.kill()
     running.wait()

@@ -3,12 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from shard_fixtures import ROOT
+from warm import Started, train
 
 from data_prep.toy import make
 
@@ -23,15 +21,12 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sweep(world, tmp_path_factory):
-    """A function that runs a sweep on a small world and returns its folder and what it printed."""
+    """A function that runs a sweep on a small world; returns its folder, exit code, and what it wrote."""
 
     def run(*arguments):
         runs = tmp_path_factory.mktemp("runs")
         settings = [f"world={world}", f"runs={runs}", "logger=none", "trainer=single"]
-        done = subprocess.run(
-            [sys.executable, "train.py", "-m", *arguments, *settings], cwd=ROOT, capture_output=True, text=True
-        )
-        return runs, done
+        return runs, *train(["-m", *arguments, *settings], tmp_path_factory.mktemp("logs") / "log")
 
     return run
 
@@ -41,8 +36,8 @@ def folders(runs):
 
 
 def test_a_sweep_of_chains_has_a_folder_for_each_with_its_parts_in_it(sweep):
-    runs, done = sweep("+experiment=full", "+ablation=image_only,video_only", "chain=[stage1]")
-    assert done.returncode == 0, done.stderr
+    runs, code, _, told = sweep("+experiment=full", "+ablation=image_only,video_only", "chain=[stage1]")
+    assert code == 0, told
     for ablation, medium in (("image_only", "image"), ("video_only", "video")):
         [chain] = runs.glob(f"full-{ablation}-s1-*")
         part = chain / f"stage1-{ablation}-s1"
@@ -54,46 +49,40 @@ def test_a_sweep_of_chains_has_a_folder_for_each_with_its_parts_in_it(sweep):
 
 def test_each_run_of_a_sweep_may_use_several_devices(sweep):
     devices = ("trainer.accelerator=cpu", "trainer.devices=2", "data.workers=0")
-    runs, done = sweep("+experiment=stage1", "seed=1,2", "trainer.max_steps=1", *devices)
-    assert done.returncode == 0, done.stderr
+    runs, code, said, told = sweep("+experiment=stage1", "seed=1,2", "trainer.max_steps=1", *devices)
+    assert code == 0, told
     assert {name[:-7] for name in folders(runs)} == {f"stage1-united-s{seed}" for seed in (1, 2)}
-    assert done.stdout.count("stage1: done") == 2
+    assert said.count("stage1: done") == 2
     for folder in runs.iterdir():
         if folder.is_dir():
             assert json.loads((folder / "metrics.json").read_text())["samples"] == 16
 
 
 def test_a_sweep_stops_at_a_run_that_lacks_its_projector(sweep):
-    runs, done = sweep("+experiment=stage2", "+ablation=image_only,video_only")
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert f"{runs}/stage1-image_only-s1/checkpoint/projector.safetensors" in done.stderr
+    runs, code, _, told = sweep("+experiment=stage2", "+ablation=image_only,video_only")
+    assert code != 0 and "Traceback" not in told
+    assert f"{runs}/stage1-image_only-s1/checkpoint/projector.safetensors" in told
 
 
 def test_an_interrupted_chain_goes_on_with_the_part_it_was_in(world, tmp_path):
-    settings = [f"world={world}", f"run_dir={tmp_path}", "logger=none", "trainer=single"]
-    command = [sys.executable, "train.py", "+experiment=full", *settings]
-    second = tmp_path / "stage2-united-s1"
-    running = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    command = ["+experiment=full", f"world={world}", f"run_dir={tmp_path / 'run'}", "logger=none", "trainer=single"]
+    second = tmp_path / "run" / "stage2-united-s1"
+    running = Started(command, tmp_path / "log")
     history = second / "history.jsonl"
     while not (history.is_file() and history.read_text()) and running.poll() is None:  # until a step is done
         time.sleep(0.02)
     os.kill(running.pid, signal.SIGINT)  # the chain, which passes it on to the run in it
-    _, told = running.communicate(timeout=60)
-    assert running.returncode == 130 and "stage2 was stopped by SIGINT" in told and "Traceback" not in told
+    code, _, told = running.end(60)
+    assert code == 130 and "stage2 was stopped by SIGINT" in told and "Traceback" not in told
     assert (second / "resume").is_dir() and not (second / "checkpoint").exists()
 
-    first = (tmp_path / "stage1-united-s1" / "metrics.json").stat().st_mtime_ns
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "stage1: was done already" in again.stdout and "resuming the interrupted run" in again.stdout
-    assert (tmp_path / "stage1-united-s1" / "metrics.json").stat().st_mtime_ns == first
+    first = second.with_name("stage1-united-s1")
+    made = (first / "metrics.json").stat().st_mtime_ns
+    code, said, told = train(command, tmp_path / "log")
+    assert code == 0, told
+    assert "stage1: was done already" in said and "resuming the interrupted run" in said
+    assert (first / "metrics.json").stat().st_mtime_ns == made
     start = json.loads((second / "run.json").read_text())["identity"]["projector"]["path"]
-    assert start == f"{tmp_path}/stage1-united-s1/checkpoint/projector.safetensors"
-    assert set(json.loads((tmp_path / "metrics.json").read_text())["seconds"]) == {
-        "stage1",
-        "stage2",
-        "evaluate",
-        "total",
-    }
+    assert start == f"{first}/checkpoint/projector.safetensors"
+    seconds = json.loads((tmp_path / "run" / "metrics.json").read_text())["seconds"]
+    assert set(seconds) == {"stage1", "stage2", "evaluate", "total"}

@@ -16,11 +16,12 @@ from vllava.data.patience import Remote
 from vllava.data.shards import read_sources
 from vllava.data.writing import write_json
 from vllava.errors import UserError
+from vllava.forked import Forked
 from vllava.identity import Identity, tells_apart
 from vllava.runs import METRICS, read_run
 from vllava.settle import EVALUATE, NAME_HELD_OUT
 from vllava.sources import REMEDY
-from vllava.stops import CODES, say, wait
+from vllava.stops import CODES, attend, say
 
 
 def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> None:
@@ -31,8 +32,8 @@ def run_apart(experiment: str, run_dir: str | Path, *changes: str) -> None:
     """
     ours = {"experiment", "run_dir", "chain", "rerun", "benchmarks"}
     given = [one for one in HydraConfig.get().overrides.task if one.lstrip("+~").split("=")[0] not in ours]
-    command = [sys.executable, sys.argv[0], f"+experiment={experiment}", *given, *changes, f"run_dir={run_dir}"]
-    code = wait(command)  # asked to stop, the run saves what it needs to resume
+    arguments = [f"+experiment={experiment}", *given, *changes, f"run_dir={run_dir}"]
+    code = attend(lambda: Forked(Path(sys.argv[0]), arguments))  # asked to stop, the run saves what it needs to resume
     if code in CODES:
         say(f"{experiment} was stopped by {CODES[code]} (see above). Start the same command again to go on.")
         sys.exit(code)

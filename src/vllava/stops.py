@@ -10,7 +10,6 @@ import ctypes
 import os
 import select
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -136,11 +135,6 @@ class Process(Protocol):
     def send_signal(self, number: int, /) -> None: ...
 
     def wait(self) -> int: ...
-
-
-def wait(command: list[str]) -> int:
-    """Run a process to its end, as `attend` says; it is asked to stop when this one is killed."""
-    return attend(lambda: subprocess.Popen(command, preexec_fn=die_with_parent))
 
 
 def attend(start: Callable[[], Process]) -> int:
