@@ -335,6 +335,16 @@ def test_a_curve_is_the_mean_of_its_seeds_between_the_lowest_and_the_highest(tmp
     assert one.low == pytest.approx(np.min(rows, axis=0)) and one.high == pytest.approx(np.max(rows, axis=0))
 
 
+def test_what_tells_the_same_as_another_metric_has_no_curve_of_its_own(tmp_path):
+    folder = write_study(tmp_path / "study", {"united": SKILLS["united"]}, seeds=(1, 2), **SMALL)
+    for path in (tmp_path / "runs").glob("*/stage2/history.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        both = [{**row, "val_loss/images": row["val_loss/image"]} if "val_loss" in row else row for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in both))
+    curves, _ = curves_of(read_study(folder), "all")
+    assert [one.metric for one in curves if one.part == "stage2"] == ["loss", "val_loss", "val_loss/image"]
+
+
 def test_a_history_that_breaks_off_counts_as_far_as_it_goes_and_one_that_is_not_there_is_named(tmp_path):
     folder = write_study(tmp_path / "study", {"united": SKILLS["united"]}, seeds=(1, 2, 3), **SMALL)
     path = tmp_path / "runs/united-all-s1/stage1/history.jsonl"
@@ -366,7 +376,7 @@ def test_the_command_writes_one_format_where_it_is_told(whole, tmp_path, capsys)
 
 def test_the_pictures_of_a_markdown_file_lie_beside_it(whole, tmp_path):
     assert report.main([str(whole), "--format", "markdown", "--out", str(tmp_path / "my study.md")]) == 0
-    links = re.findall(r"!\[.+?\]\((.+?)\)", (tmp_path / "my study.md").read_text())
+    links = re.findall(r'<img src="(.+?)" alt=".+?"', (tmp_path / "my study.md").read_text())
     assert len(links) > 8 and all(link.startswith("my%20study-pictures/") for link in links)
     for link in links:
         assert "<svg" in (tmp_path / link.replace("%20", " ")).read_text()

@@ -44,12 +44,26 @@ def curves_of(study: StudyFile, level: str) -> tuple[list[Curve], list[str]]:
         if lost:
             remarks.append(f"No history of {part}, and so no learning curve: {'; '.join(lost)}.")
         metrics = dict.fromkeys(name for one in rows.values() for row in one for name in row if _drawn(name))
+        told: list[list[Curve]] = []
         for metric in metrics:
+            curves = []
             for arm in study.arms:
                 per_seed = [series for (a, _), one in rows.items() if a == arm and len(series := _series(one, metric))]
                 if per_seed:
-                    found.append(_curve(part, metric, arm, per_seed))
+                    curves.append(_curve(part, metric, arm, per_seed))
+            if not any(_same(curves, others) for others in told):  # a medium's only source tells what the medium does
+                told.append(curves)
+        found += [one for curves in told for one in curves]
     return found, remarks
+
+
+def _same(curves: Sequence[Curve], others: Sequence[Curve]) -> bool:
+    """Whether two metrics have the same curves, of the same arms."""
+    return [one.arm for one in curves] == [one.arm for one in others] and all(
+        np.array_equal(getattr(one, name), getattr(other, name), equal_nan=True)
+        for one, other in zip(curves, others, strict=True)
+        for name in ("x", "mean", "low", "high")
+    )
 
 
 def history(path: Path) -> list[dict[str, Any]]:

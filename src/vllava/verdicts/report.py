@@ -130,8 +130,9 @@ def as_text(report: Report, folder: str | None = None) -> str:
         lines += [_row(verdict, report.by_level) for verdict in found.verdicts]
         lines += ["", found.rule, ""]
     if folder is not None:
-        shown = {name: one.title for name, one in pictures_of(report).items()}
-        lines += [f"![{title}]({quote(folder)}/{name})" for name, title in shown.items()] + [""]
+        shown = {name: escape(one.title) for name, one in pictures_of(report).items()}
+        picture = '<img src="{}/{}" alt="{}" title="{}" width="345">'  # side by side, where there is room
+        lines += [picture.format(quote(folder), name, title, title) for name, title in shown.items()] + [""]
     tables = [Table(t.title, t.columns, t.lines, t.judges) for t in tables_of(found)]
     notes = list(dict.fromkeys(note for table in tables_of(found) for note in table.notes))
     return "\n".join(lines) + "\n" + as_markdown(tables, [*notes, *found.remarks, *HOW])
