@@ -19,6 +19,9 @@ from vllava.verdicts.findings import NOT_REPRODUCED, REPRODUCED, UNDECIDED, Find
 
 COLOURS = ("#1f4e9c", "#c2571a", "#7d5ba6", "#2e8b57", "#8a6d1b", "#b03060", "#3a8fa8", "#555555")
 RULINGS = {REPRODUCED: "#1a6b31", NOT_REPRODUCED: "#b42318", UNDECIDED: "#6b7688"}
+WIDE = 20  # points of gain, from which the scale is logarithmic beyond LINEAR points
+LINEAR = 2
+TICKS = (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)
 WIDTH = 4.8  # inches of 72 pixels
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -57,9 +60,21 @@ def forest(verdicts: Sequence[Verdict]) -> Plot:
         axes.plot([100 * one.gain.value], [place], "o", color=colour, markersize=6)
     axes.axvline(0, color="#1c2430", linewidth=0.8)
     axes.set_yticks(range(len(known)), [f"{one.claim.name.replace('_', ' ')}\nvs {one.claim.worse}" for one in known])
-    axes.set_xlabel("points gained; | one seed")
+    axes.set_xlabel("points gained; | one seed" + _spread_out(axes))
     axes.set_ylim(-0.6, len(known) - 0.4)
     return _drawn(canvas, "Gain of every claim with its 95 % interval")
+
+
+def _spread_out(axes: Axes) -> str:
+    """Where a gain of a few points would vanish beside the largest, a scale on which both can be read; its name."""
+    low, high = axes.get_xlim()
+    if max(high, -low) <= WIDE:
+        return ""
+    axes.set_xscale("symlog", linthresh=LINEAR, linscale=0.6)
+    axes.set_xticks([tick for tick in TICKS if low <= tick <= high], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter("{x:g}")
+    return f"\nlogarithmic beyond {LINEAR}"
 
 
 def bars(found: Findings, level: str, figure: str, title: str) -> Plot:
