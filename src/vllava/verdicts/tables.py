@@ -102,7 +102,8 @@ def by_part(found: Findings, figure: str) -> Table:
     for part in dict.fromkeys(one.part for one in own):
         cells = [_cell(one.spread) if (one := by_place.get((part, arm))) else None for arm in arms]
         lines.append(Line(part, tuple(cells)))
-    return Table(f"By source and type: {TITLES[figure]}", tuple(Column(arm) for arm in arms), tuple(lines), {}, (_MEAN,))
+    columns = tuple(Column(arm) for arm in arms)
+    return Table(f"By source and type: {TITLES[figure]}", columns, tuple(lines), {}, (_MEAN,))
 
 
 def by_level(found: Findings, figure: str) -> Table:
