@@ -48,6 +48,18 @@ def test_a_gain_by_hand():
     assert found.p == pytest.approx(2 * stats.t.sf(1 / 3 / math.sqrt(variance), 0.5))
     assert (found.better, found.worse, found.seeds, found.questions) == (3, 1, 2, 3)
     assert found.over == "seeds and questions"
+    assert found.by_seeds == 0  # whose mean square is no larger than that of the rest
+
+
+def test_what_of_the_variance_is_by_seeds_by_hand():
+    seeds_alone = gain(np.array([[1, 1], [0, 0]]), np.zeros((2, 2)))
+    questions_alone = gain(np.array([[1, 0], [1, 0]]), np.zeros((2, 2)))
+    assert (seeds_alone.by_seeds, questions_alone.by_seeds) == (1, 0)
+    # d = [[1, 1, 1, 0], [0, 0, 0, 0]]: means of seeds 3/4 and 0, of questions 1/2, 1/2, 1/2, 0. Mean squares: seeds
+    # 4 * 2 * (3/8)^2 = 9/8; questions 2 * (3 * (1/8)^2 + (3/8)^2) / 3 = 1/8, as that of the rest. So 1 of 9/8.
+    both = gain(np.array([[1, 1, 1, 0], [0, 0, 0, 0]]), np.zeros((2, 4)))
+    assert both.by_seeds == pytest.approx(8 / 9)
+    assert math.isnan(gain(np.ones((1, 4)), np.zeros((1, 4))).by_seeds)
 
 
 def test_with_one_seed_the_test_is_mcnemars_and_speaks_of_questions_alone():

@@ -154,4 +154,12 @@ def _ruling(found: Gain | None, corrected: float) -> tuple[str, str]:
         return (REPRODUCED if found.value > 0 else NOT_REPRODUCED), f"{said}."
     most = f"a gain above {100 * found.high:.1f} points is unlikely" if found.high > 0 else "a gain is unlikely"
     chance = "among so many tests" if found.p < ALPHA else "by seeds and questions alone"
-    return UNDECIDED, f"{said}: {chance} such a difference may come about; {most}."
+    return UNDECIDED, f"{said}: {chance} such a difference may come about; {most}.{_what_helps(found)}"
+
+
+def _what_helps(found: Gain) -> str:
+    """What would narrow the interval of an undecided gain."""
+    if math.isnan(found.by_seeds):
+        return ""
+    more = "seeds" if found.by_seeds > 0.5 else "questions"
+    return f" {100 * found.by_seeds:.0f} % of its variance is between seeds: more {more} would narrow it."

@@ -46,7 +46,8 @@ class Gain:
     over: what the interval speaks for: "seeds and questions", or "questions" alone where there is one seed. freedom:
     the degrees of freedom of its t distribution. seeds, questions: how many were compared. better, worse: answers, over
     all seeds, that were right here alone and there alone. effect: Cohen's h of the two shares. mended: the share of the
-    other's errors that are gone; NaN where it has none.
+    other's errors that are gone; NaN where it has none. by_seeds: the share of the interval's variance that further
+    questions to the same seeds would not take away; NaN where it is not known.
     """
 
     value: float
@@ -61,6 +62,7 @@ class Gain:
     worse: float
     effect: float
     mended: float
+    by_seeds: float
 
 
 def over_seeds(values: Sequence[float]) -> Spread:
@@ -93,7 +95,7 @@ def gain(ours: np.ndarray, others: np.ndarray) -> Gain:
     seeds, questions = shape
     value = float(d.mean())
     better, worse = float(d[d > 0].sum()), float(-d[d < 0].sum())
-    variance, freedom = _variance(d) if seeds > 1 else _over_questions(d[0])
+    variance, freedom, by_seeds = _variance(d) if seeds > 1 else (*_over_questions(d[0]), math.nan)
     if seeds == 1 or variance == 0:
         p = _mcnemar(better, worse)
     else:
@@ -115,14 +117,15 @@ def gain(ours: np.ndarray, others: np.ndarray) -> Gain:
         worse,
         cohens_h(share, other),
         (share - other) / (1 - other) if other < 1 else math.nan,
+        by_seeds,
     )
 
 
-def _variance(d: np.ndarray) -> tuple[float, float]:
-    """The variance of the mean of [seeds, questions], and its degrees of freedom."""
+def _variance(d: np.ndarray) -> tuple[float, float, float]:
+    """The variance of the mean of [seeds, questions], its degrees of freedom, and the share of it that is by seeds."""
     seeds, questions = d.shape
     if questions == 1:
-        return float(d[:, 0].var(ddof=1)) / seeds, seeds - 1
+        return float(d[:, 0].var(ddof=1)) / seeds, seeds - 1, math.nan
     by_seed, by_question = d.mean(axis=1), d.mean(axis=0)
     rest = d - by_seed[:, None] - by_question[None, :] + d.mean()
     of_rest = float((rest**2).sum()) / ((seeds - 1) * (questions - 1))
@@ -130,11 +133,11 @@ def _variance(d: np.ndarray) -> tuple[float, float]:
     of_questions = max(seeds * float(by_question.var(ddof=1)), of_rest)
     total = of_seeds + of_questions - of_rest
     if total <= 1e-15:
-        return 0.0, math.inf
+        return 0.0, math.inf, math.nan
     spread = (
         of_seeds**2 / (seeds - 1) + of_questions**2 / (questions - 1) + of_rest**2 / ((seeds - 1) * (questions - 1))
     )
-    return total / d.size, total**2 / spread
+    return total / d.size, total**2 / spread, (of_seeds - of_rest) / total
 
 
 def _over_questions(d: np.ndarray) -> tuple[float, float]:
