@@ -20,6 +20,8 @@ PAGES = [
     "docs/data.md",
     "docs/runs.md",
     "docs/studies.md",
+    "docs/study.md",
+    "docs/study/paper.md",
     "docs/watching.md",
     "docs/verdicts.md",
     "docs/cluster.md",
@@ -48,7 +50,8 @@ def test_library_page_runs(checkpoint, tmp_path):
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_named_files_exist(page):
     text = (ROOT / page).read_text()
-    linked = [(ROOT / page).parent / link for link in re.findall(r"\]\((?!http)([^)#]+)\)", text)]
+    links = [*re.findall(r"\]\((?!http)([^)#]+)\)", text), *re.findall(r'<img src="([^"]+)"', text)]
+    linked = [(ROOT / page).parent / link for link in links]
     named = [ROOT / name for name in re.findall(r"`((?:src|conf|docs|data_prep|tests|assets)/[\w./-]*)`", text)]
     assert not [path for path in linked + named if "NAME" not in path.name and not path.exists()]
 
