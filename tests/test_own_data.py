@@ -48,7 +48,7 @@ def test_without_one_the_toy_world_is_read():
     found = settled("+experiment=stage2", "world=W")
     assert found["sources"] == {"image": ["W/stage2/images"], "video": ["W/stage2/videos"], "text": ["W/stage2/text"]}
     toys = {"image": ["W/eval/images"], "video": ["W/eval/videos"]}
-    assert found["preview"] == {**toys, "remedy": "Make them with `python -m data_prep.toy eval --out data/toy`."}
+    assert found["preview"] == {**toys, "remedy": "Make them with `python -m data_prep.toy eval --out W`."}
     asked = settled("+experiment=evaluate", "world=W")["evaluation"]
     assert asked["sources"]["video"] == {"unseen scenes": "W/eval/videos", "unseen pairs": "W/eval/novel-videos"}
     assert "data_prep.toy eval" in asked["remedy"] and asked["max_new_tokens"] == 16
