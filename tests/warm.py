@@ -1,6 +1,6 @@
 """train.py in processes that have imported the libraries already, which takes most of a short run's time."""
 
-from contextlib import chdir
+import os
 from pathlib import Path
 
 from shard_fixtures import ROOT
@@ -15,8 +15,12 @@ class Started(Forked):
         self._out, self._err = Path(f"{log}.stdout"), Path(f"{log}.stderr")
         for path in (self._out, self._err):
             path.unlink(missing_ok=True)
-        with chdir(ROOT):
+        here = os.getcwd()
+        os.chdir(ROOT)  # a process starts where this one is
+        try:
             super().__init__(ROOT / "train.py", [*map(str, arguments)], self._out, self._err)
+        finally:
+            os.chdir(here)
 
     def poll(self):
         return self._process.exitcode

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vllava.checks import MISSING, Count, NotNegative, OneOf, Seed, Whole, hints_of, require, require_all
 from vllava.data.build import Modality
 from vllava.errors import UserError, require_known
+from vllava.folders import safe_name
 from vllava.identity import LENGTH, tells_apart
 from vllava.options import check_callbacks, check_override, check_trainer, refuse
 from vllava.settle import EVALUATE, settle
@@ -84,7 +85,7 @@ def run_name(experiment: str, ablation: str, seed: int, *overrides: str) -> str:
     named = [experiment, ablation, *chosen, f"s{seed}"]
     if others:
         named.append(hashlib.sha256("\n".join(others).encode()).hexdigest()[:6])
-    return re.sub(r"[^\w.-]", "_", "-".join(named), flags=re.ASCII)[:NAME_BYTES]
+    return safe_name("-".join(named))[:NAME_BYTES]
 
 
 def study_name(name: str, *overrides: str) -> str:

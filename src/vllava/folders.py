@@ -28,6 +28,11 @@ _UNRECORDED = re.compile(
 )
 
 
+def safe_name(name: str) -> str:
+    """A name as that of a folder or a file: letters, digits, hyphens, full stops, and underscores for all else."""
+    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
+
+
 def strangers(folder: Path) -> list[str]:
     """What in a folder is not as this program wrote it, by name; empty where all of it is."""
     names = entries(folder)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 
 from filelock import FileLock
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from vllava.convert import import_checkpoint
+from vllava.folders import safe_name
 from vllava.identity import checkpoint_in
 from vllava.model.checkpoint import DESCRIPTION, read_description
 from vllava.model.files import Checkpoint, is_hub_id, local_folder
@@ -36,7 +36,7 @@ def imported(given: str, into: Path, search: Folders = ()) -> Path:
     if not (source / "config.json").is_file():
         return Path(given)
     config = Checkpoint(source).config
-    name = re.sub(r"[^\w.-]", "_", given if is_hub_id(given) else source.resolve().name, flags=re.ASCII)
+    name = safe_name(given if is_hub_id(given) else source.resolve().name)
     folder = into / f"{name}-{checkpoint_in(source)}"
     into.mkdir(parents=True, exist_ok=True)
     with FileLock(into / f".{folder.name}.lock"):  # the other processes of a run wait for the first one

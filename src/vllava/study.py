@@ -21,6 +21,7 @@ from filelock import FileLock
 from vllava.checks import Seed, require, require_all
 from vllava.data.writing import write_json
 from vllava.errors import UserError, reading, require_known
+from vllava.folders import safe_name
 
 STUDY = "study.json"
 ALL = "all"  # the level of a study that has one alone
@@ -66,7 +67,7 @@ class Cell:
     @property
     def name(self) -> str:
         level = "" if self.level == ALL else f"-{self.level}"
-        return safe(f"{self.arm}{level}-s{self.seed}")
+        return safe_name(f"{self.arm}{level}-s{self.seed}")
 
 
 @dataclass(frozen=True)
@@ -225,12 +226,7 @@ def place_of(folder: Path, level: str, x: float | str | None) -> float | None:
 
 def measured_in(folder: Path, level: str) -> Path:
     """The record of where a level was measured to stand."""
-    return folder / "levels" / f"{safe(level)}.json"
-
-
-def safe(name: str) -> str:
-    """A name as a part of a file's."""
-    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
+    return folder / "levels" / f"{safe_name(level)}.json"
 
 
 def listed_in(folder: Path) -> list[Cell]:

@@ -25,6 +25,7 @@ from vllava.config import PROJECT, composed_beside
 from vllava.cores import LIMITS, cores
 from vllava.data.writing import write_json
 from vllava.errors import UserError, reason
+from vllava.folders import safe_name
 from vllava.forked import Forked
 from vllava.identity import digest, evaluation_identity, identity_of, tells_apart
 from vllava.lineage import PROJECTOR
@@ -96,7 +97,7 @@ def part_of(experiment: str, overrides: Sequence[str], runs: Path) -> Part:
     given = [f"+experiment={experiment}", *overrides, f"runs={runs}"]
     settings: Any = OmegaConf.to_container(composed_beside(given), resolve=True)
     known = digest(evaluation_identity(settings) if settings["evaluation"] else identity_of(settings))
-    name = re.sub(r"[^\w.-]", "_", f"{experiment}-{settings['ablation']}-s{settings['seed']}-{known[:8]}")
+    name = safe_name(f"{experiment}-{settings['ablation']}-s{settings['seed']}-{known[:8]}")
     found = finished_as(runs, experiment, known)
     return Part(experiment, given, runs / name, found.folder if found else None, settings)
 
@@ -261,9 +262,10 @@ def _in_turn(folder: Path) -> Iterator[None]:
 def _side_by_side() -> None:
     """Where a launcher starts several at once on a machine: say how many cores are each run's own, and end with it."""
     jobs = HydraConfig.get().launcher.get("n_jobs")
-    if jobs is not None:
-        die_with_parent()
-    if jobs is not None and LIMITS[0] not in os.environ:
+    if jobs is None:
+        return
+    die_with_parent()
+    if LIMITS[0] not in os.environ:
         os.environ[LIMITS[0]] = str(max(1, cores() // (cores() if jobs < 0 else jobs)))
 
 

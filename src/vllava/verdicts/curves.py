@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,23 @@ def curves_of(study: StudyFile, level: str) -> tuple[list[Curve], list[str]]:
         metrics = dict.fromkeys(name for one in rows.values() for row in one for name in row if _drawn(name))
         told: list[list[Curve]] = []
         for metric in metrics:
-            curves = []
-            for arm in study.arms:
-                per_seed = [series for (a, _), one in rows.items() if a == arm and len(series := _series(one, metric))]
-                if per_seed:
-                    curves.append(_curve(part, metric, arm, per_seed))
+            curves = _of_arms(part, metric, study.arms, rows)
             if not any(_same(curves, others) for others in told):  # a medium's only source tells what the medium does
                 told.append(curves)
         found += [one for curves in told for one in curves]
     return found, remarks
+
+
+def _of_arms(
+    part: str, metric: str, arms: Sequence[str], rows: Mapping[tuple[str, int], Sequence[dict[str, Any]]]
+) -> list[Curve]:
+    """The curve of a metric of each arm that has one. rows: (arm, seed) -> a history."""
+    found = []
+    for arm in arms:
+        per_seed = [series for (a, _), one in rows.items() if a == arm and len(series := _series(one, metric))]
+        if per_seed:
+            found.append(_curve(part, metric, arm, per_seed))
+    return found
 
 
 def _same(curves: Sequence[Curve], others: Sequence[Curve]) -> bool:

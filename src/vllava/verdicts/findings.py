@@ -74,8 +74,9 @@ def find(study: StudyFile) -> Findings:
     lonely = [arm for arm in study.arms if len({seed for one, _, seed in sheets if one == arm}) == 1]
     if lonely:
         remarks.append(f"With one seed, nothing is known about seeds: {', '.join(lonely)}.")
-    if lost := [level for level, x in study.levels.items() if x is None] if len(study.levels) > 1 else []:
-        remarks.append(f"Where on the axis it stands is not known of {', '.join(lost)}: in the tables alone.")
+    nowhere = [level for level, x in study.levels.items() if x is None]
+    if nowhere and len(study.levels) > 1:
+        remarks.append(f"Where on the axis it stands is not known of {', '.join(nowhere)}: in the tables alone.")
     figures = whole(study, sheets)
     within, total = left_out(figures)
     if total:
