@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from vllava.errors import UserError, reading
 from vllava.model.attention import PACKED
 from vllava.model.encoders import Encoder
 from vllava.model.files import Checkpoint, require_same
-from vllava.model.languagebind import LanguageBind
+from vllava.model.languagebind import LanguageBind, TemporalLayer
 from vllava.model.llm import read_llm
 from vllava.model.lora import Lora, add_lora
 from vllava.model.tokenizer import load_tokenizer
 from vllava.model.video_llava import VideoLlava
+
+_TEMPORAL = ".temporal_"  # in the names of what only a video encoder has
 
 
 def load_llm(
@@ -198,11 +201,15 @@ def languagebind(
     projection_dim: Count,
     tokenizer_path: str,
     start_from: str | None = None,
+    fresh: Sequence[str] = (),
 ) -> LanguageBind:
-    """A fresh LanguageBind, or one that starts from the checkpoint folder `start_from`.
+    """A fresh LanguageBind, or one that starts from the checkpoint folder `start_from`, but for its modules in `fresh`.
 
-    What the checkpoint lacks stays fresh: a video encoder that starts from its image encoder gets temporal
-    attention whose output is zero, so it begins as the image encoder on every frame.
+    A video encoder that starts from its image encoder, or afresh, gets temporal attention whose output is zero: it
+    begins as an image encoder on every frame, but for a small embedding of the frame's number. One that starts from a
+    video encoder takes that of the checkpoint.
+
+    Raises UserError where the checkpoint is of other sizes, or `fresh` names no module.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     config = CLIPConfig(
@@ -214,14 +221,28 @@ def languagebind(
     # CLIP's own start, 0.02, drowns in the patches' contents: a small encoder then never learns where things are.
     nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.3)
     if start_from is not None:
-        tensors = Checkpoint(start_from).tensors()
-        own = {name: value for name, value in model.state_dict().items() if name in tensors or ".temporal_" not in name}
-        require_same(tensors, own, f"{start_from} does not fit")
-        model.load_state_dict(tensors, strict=False)
-        for layer in model.vision_model.encoder.layers:
-            nn.init.zeros_(layer.temporal_attn.out_proj.weight)
-            nn.init.normal_(layer.temporal_embedding, std=0.02)
+        _start(model, start_from, fresh)
     return model
+
+
+def _start(model: LanguageBind, start_from: str, fresh: Sequence[str]) -> None:
+    """Give the model the checkpoint's tensors, but for those of its modules in `fresh`."""
+    modules = dict(model.named_children())
+    if unknown := [name for name in fresh if name not in modules]:
+        raise UserError(
+            f"model.fresh names {unknown[0]!r}, which the model does not have; it has: {', '.join(modules)}."
+        )
+    tensors = Checkpoint(start_from).tensors()
+    temporal = any(_TEMPORAL in name for name in tensors)
+    own = {name: value for name, value in model.state_dict().items() if temporal or _TEMPORAL not in name}
+    require_same(tensors, own, f"{start_from} does not fit")
+    taken = {name: value for name, value in tensors.items() if name.partition(".")[0] not in fresh}
+    model.load_state_dict(taken, strict=False)
+    if not any(_TEMPORAL in name for name in taken):
+        for layer in model.vision_model.encoder.layers:
+            if isinstance(layer, TemporalLayer):
+                nn.init.zeros_(layer.temporal_attn.out_proj.weight)
+                nn.init.normal_(layer.temporal_embedding, std=0.02)
 
 
 def _plain(kind: Any, settings: Any) -> dict[str, Any]:
