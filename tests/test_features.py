@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,16 @@ from shard_fixtures import image_sample, talk, text_sample, video_sample, write_
 from torch.testing import assert_close
 
 from data_prep.shards import write_manifest, write_shard
-from vllava.data.build import conversation_data
+from vllava.data.build import conversation_data, conversation_packer, sample_decoder
+from vllava.data.samples import SampleDecoder
 from vllava.errors import UserError
+from vllava.evaluation.benchmarks.held_out import HeldOut, sample_of
+from vllava.evaluation.evaluate import digest
+from vllava.evaluation.generate import Asking, answer
+from vllava.evaluation.predictions import Predictions
 from vllava.features import AT_ONCE, FeatureWriter, bytes_in, use_features
 from vllava.model.build import load_tokenizer
+from vllava.model.device import computes_in_bf16
 
 SETTINGS = {
     "image": {"_target_": "vllava.model.encoders.ClipEncoder", "path": "a", "medium": "image", "feature_layer": -2},
@@ -83,6 +90,43 @@ def test_nothing_is_decoded_or_encoded_a_second_time(model, world, monkeypatch):
     monkeypatch.setattr(type(again.decode), "video", None)
     use_features(again, model, SETTINGS, half=False)
     assert sum(len(keys) for batches, _, _ in epoch(model, again) for keys in batches) == AT_ONCE + 5 + 5 + 3 - 1
+
+
+def asked(model, tmp_path, name, benchmark):
+    """What a model answers to held-out samples, or why it could not be asked; with the hash of what was asked."""
+    questions = benchmark.questions()
+    packer = conversation_packer(model.specs, load_tokenizer(str(TOKENIZER)))
+    asking = Asking(model, packer, decoder(model), 4, workers=0)
+    found = answer(asking, questions, Predictions(tmp_path, name, {}))
+    return [(one.question.id, one.text, one.broken) for one in found], digest(questions)
+
+
+def decoder(model):
+    return sample_decoder(model.specs, decoder="pyav")
+
+
+def test_held_out_samples_get_the_same_answers_with_nothing_decoded_or_encoded_again(
+    model, world, tmp_path, monkeypatch, capsys
+):
+    sources = {kind: {"all": folder} for kind, [folder] in world.items()}
+    online = HeldOut("held_out", "", sources=sources)
+    expected = asked(model, tmp_path, "online", online)
+    assert sum(bool(broken) for _, _, broken in expected[0]) == 1
+    held = [HeldOut("held_out", "", sources=sources) for _ in range(2)]
+    made = FeatureWriter(model, decoder(model), SETTINGS, computes_in_bf16())
+    held[0].use_features(made, gigabytes=1e-9)
+    assert not held[0].features and "do not fit" in capsys.readouterr().out
+    for one in held:
+        one.use_features(made, None)
+    assert asked(model, tmp_path, "first", held[0]) == expected
+    [shown] = [q for q in held[1].questions() if q.about["key"] == "both"]
+    for medium, theirs in zip(sample_of(shown, decoder(model)).media, shown.media, strict=True):
+        assert torch.equal(medium.pixels, replace(theirs, features=None).decoded(decoder(model)).pixels)
+    for encoder in model.encoders.values():
+        monkeypatch.setattr(encoder, "forward", None)
+    monkeypatch.setattr(SampleDecoder, "image", None)
+    monkeypatch.setattr(SampleDecoder, "video", None)
+    assert asked(model, tmp_path, "again", held[1]) == expected
 
 
 def writer(model, world, half=False, settings=SETTINGS, **changes):

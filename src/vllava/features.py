@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,19 +51,9 @@ def use_features(data: DataModule, model: VideoLlava, encoders: dict[str, Any], 
     """
     assert isinstance(data.decode, SampleDecoder)
     writer = FeatureWriter(model, data.decode, encoders, half, data.workers)
-    sources = [Path(folder) for folder in data.sources]
-    held, limit = sum(map(bytes_beside, sources)), data.features_gigabytes
-    more = sum(writer.bytes_missing(source, data.remedy) for source in sources)
-    if limit is not None and more and held + more > limit * GB:
-        print(
-            f"Media are encoded at every step: their features ({more / GB:.3g} GB) do not fit into "
-            f"data.features_gigabytes={limit:g}, of which {held / GB:.3g} are taken by what lies in features/ beside "
-            "the shards already. What no run needs any more can be deleted there.",
-            flush=True,
-        )
-        return
-    folders = [writer.write(source, data.remedy) for source in sources]
-    data.shards = read_sources(folders, "Delete features/ there, and the next run writes them anew.")
+    folders = writer.write_all([Path(folder) for folder in data.sources], data.remedy, data.features_gigabytes)
+    if folders is not None:
+        data.shards = read_sources(folders, "Delete features/ there, and the next run writes them anew.")
 
 
 @dataclass(frozen=True)
@@ -133,6 +123,23 @@ class FeatureWriter:
             else:
                 found += most * entry["samples"]
         return max(0, found - bytes_in(folder))
+
+    def write_all(self, sources: Sequence[Path], remedy: str, gigabytes: float | None) -> list[Path] | None:
+        """The folders of the features of these folders of shards, written where they are missing.
+
+        None, and it is said why, where they would take more than `gigabytes` with all that lie beside them already.
+        """
+        held = sum(map(bytes_beside, sources))
+        more = sum(self.bytes_missing(source, remedy) for source in sources)
+        if gigabytes is not None and more and held + more > gigabytes * GB:
+            print(
+                f"Media are encoded at every step: their features ({more / GB:.3g} GB) do not fit into "
+                f"data.features_gigabytes={gigabytes:g}, of which {held / GB:.3g} are taken by what lies in features/ "
+                "beside the shards already. What no run needs any more can be deleted there.",
+                flush=True,
+            )
+            return None
+        return [self.write(source, remedy) for source in sources]
 
     def write(self, source: Path, remedy: str) -> Path:
         """Write the features of a folder of shards where they are missing; returns their folder.

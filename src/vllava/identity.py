@@ -41,7 +41,10 @@ TRAINER = (
 # A run whose learning rate does not depend on them may be given more steps than were planned; see `grows`.
 LENGTH = ("trainer.max_epochs", "trainer.max_steps")
 # What decides nothing of an evaluation, or is in its benchmark.
-_BESIDE = ("run_dir", "remedy", "batch_size", "workers", "plots", "cache", "search", "runs", "sources")
+_BESIDE = (
+    *("run_dir", "remedy", "batch_size", "workers", "plots", "cache", "features", "features_gigabytes"),
+    *("search", "runs", "sources"),
+)
 _BESIDE_BENCHMARK = ("remedy", "cache", "sources", "paper", "expected")
 _DESCRIPTIONS = ("config.json", "vllava.json")  # of a model
 _PIECE = 1 << 20  # bytes at each end of a weights file that tell it from another

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 
-from vllava.checks import Count, Whole
-from vllava.data.build import DecoderName, Template, conversation_packer, sample_decoder
+from vllava.checks import Count, NotNegative, OneOf, Whole
+from vllava.data.build import FEATURES, DecoderName, Template, conversation_packer, sample_decoder
 from vllava.data.datamodule import Workers
 from vllava.data.patience import Remote
 from vllava.errors import UserError
@@ -23,9 +23,11 @@ from vllava.evaluation.benchmark import Benchmark
 from vllava.evaluation.benchmarks.held_out import HeldOut
 from vllava.evaluation.blocks import blind
 from vllava.evaluation.generate import Asking, answer
+from vllava.evaluation.generate import workers as decoders
 from vllava.evaluation.outcome import Asked, Tell, figures_of, keep, write_exports, write_held_out, write_result_of
 from vllava.evaluation.predictions import Predictions
 from vllava.evaluation.questions import Answer, Question
+from vllava.features import FeatureWriter
 from vllava.folders import sha256_of
 from vllava.model.checkpoint import LLM, PROJECTOR, Description, load
 from vllava.model.device import computes_in_bf16
@@ -50,6 +52,8 @@ def evaluate(
     shown: Whole = 8,
     plots: dict[str, str] | None = None,
     cache: Remote | dict[str, Any] | None = None,
+    features: Annotated[str, OneOf(FEATURES)] = "online",
+    features_gigabytes: NotNegative | None = None,
     search: Folders = (),
     workers: Workers = -1,
     runs: str | None = None,
@@ -61,10 +65,12 @@ def evaluate(
     """Ask a checkpoint every question of a benchmark, have the answers judged and scored, and write what was found.
 
     benchmark: by default held-out samples, in `sources`: medium -> name -> folder of shards; remedy: what a user
-    without those should do; cache: how those on servers are read. judge: makes who decides about open answers, see
-    evaluation/judges, where the benchmark needs one. trainer: on which devices the questions are answered, by default
-    on one; every process of it has to call this, and all but the first return no figures. max_new_tokens: of an answer,
-    and template: of the prompt, if not as the benchmark has them; num_frames: of a video, if not as in training.
+    without those should do; cache: how those on servers are read; features: "online", or "cache" for reading what the
+    encoders made of their media once, see vllava.features; features_gigabytes: that this may take.
+    judge: makes who decides about open answers, see evaluation/judges, where the benchmark needs one. trainer: on
+    which devices the questions are answered, by default on one; every process of it has to call this, and all but the
+    first return no figures. max_new_tokens: of an answer, and template: of the prompt, if not as the benchmark has
+    them; num_frames: of a video, if not as in training.
     `shown` questions of each medium, and the loss curves `plots` (name -> PNG file), go into the report.
     search: folders to look into for what the checkpoint does not hold itself. runs: a folder of runs, of which one in
     which the same was asked has the answers already. tell: who is given the result, and samples to show.
@@ -79,6 +85,9 @@ def evaluate(
     packer = conversation_packer(model.specs, tokenizer, **description.prompt(template or benchmark.template))
     if isinstance(benchmark, HeldOut):
         benchmark.restrict(model.specs)
+        if features == "cache":
+            writer = FeatureWriter(model, decode, description.encoders, computes_in_bf16(), decoders(workers))
+            benchmark.use_features(writer, features_gigabytes)
     questions = benchmark.questions()
     first = trainer is None or trainer.is_global_zero
     for warning in benchmark.warnings if first else []:

@@ -5,23 +5,26 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from vllava.conversation import Message, placeholders, read_conversation, without_media
+from vllava.data.address import is_remote
 from vllava.data.broken import printable
 from vllava.data.patience import Remote
 from vllava.data.record import Parsed, parse, read_record
 from vllava.data.samples import BROKEN, Medium, Sample, SampleDecoder
-from vllava.data.shards import Shard, ShardReader
+from vllava.data.shards import Shard, ShardReader, read_manifest
 from vllava.errors import UserError
 from vllava.evaluation import answers as old
 from vllava.evaluation.answers import check_question, named, places
 from vllava.evaluation.benchmark import Benchmark, Metric, Row
 from vllava.evaluation.questions import Answer, Question, Verdict
+from vllava.features import FeatureWriter
 
 KINDS = ("image", "video", "text")
-_OPEN = 8  # shards that a process keeps open
+_OPEN = 128  # shards that a process keeps open: questions come by their length, and so from all of them in turn
 _readers: OrderedDict[tuple[int, str], ShardReader] = OrderedDict()
 
 
@@ -33,23 +36,25 @@ class ShardMedium:
     shard: Shard
     index: int  # of the sample in the shard
     number: int  # among the sample's media
+    features: Shard | None = None  # of the same samples, their media as an encoder sees them
 
     @property
     def key(self) -> str:
         return f"{self.shard.path}:{self.index}.{self.number}"
 
     def read(self) -> bytes:
-        file = parse(self._members()).files[self.number]
+        file = parse(_members(self.shard, self.index)).files[self.number]
         if file.prepared or file.features_of:
             raise UserError("the shard holds frames or features in place of the medium's file")
         return file.data[0]
 
     def decoded(self, decode: SampleDecoder) -> Medium:
         """The medium as the model takes it; raises UserError for anything that is wrong with the sample."""
-        return decode.medium(self._members(), self.number)
+        return decode.medium(_members(self.features or self.shard, self.index), self.number)
 
-    def _members(self) -> dict[str, bytes]:
-        return _reader(self.shard).read(0, self.index)[1]
+
+def _members(shard: Shard, index: int) -> dict[str, bytes]:
+    return _reader(shard).read(0, index)[1]
 
 
 def _reader(shard: Shard) -> ShardReader:
@@ -76,6 +81,7 @@ class HeldOut(Benchmark):
     remedy: str = ""
     cache: Remote | Mapping[str, Any] | None = None
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    features: dict[str, Shard] = field(default_factory=dict, init=False)  # of a shard, by its path
 
     metrics: tuple[Metric, ...] = field(
         default=(Metric("accuracy", ("accuracy",), headline=True), Metric("chance", ("chance",))), init=False
@@ -91,6 +97,20 @@ class HeldOut(Benchmark):
             raise UserError(f"evaluation.sources names {named} alone; the model takes {', '.join(taken)}.")
         self.sources = kept
 
+    def use_features(self, writer: FeatureWriter, gigabytes: float | None) -> None:
+        """Have the media read as an encoder sees them, after writing what is missing beside the shards.
+
+        They stay media where features may not take so much, and on servers. Raises UserError where none can be written.
+        """
+        named = dict.fromkeys(folder for folders in self.sources.values() for folder in folders.values())
+        sources = [Path(folder) for folder in named if not is_remote(folder)]
+        folders = writer.write_all(sources, self.remedy, gigabytes)
+        if folders is None:
+            return
+        for source, folder in zip(sources, folders, strict=True):
+            both = read_manifest(source, self.remedy), read_manifest(folder, self.remedy)
+            self.features |= {str(shard.path): made for shard, made in zip(*both, strict=True)}
+
     def questions(self) -> list[Question]:
         """Raises UserError, which names the sample, for a record that is none or whose question is of an odd kind."""
         folders = dict.fromkeys(pair for named in self.sources.values() for pair in named.items())
@@ -101,7 +121,9 @@ class HeldOut(Benchmark):
             with named(place):
                 found = _parsed(reader, shard, index)
                 check_question(found.record)
-            media = [ShardMedium(kind, reader.shards[shard], index, number) for number, kind in enumerate(found.kinds)]
+            where = reader.shards[shard], index
+            features = self.features.get(str(where[0].path))
+            media = [ShardMedium(kind, *where, number, features) for number, kind in enumerate(found.kinds)]
             yield _question(place, name, reader.key(shard, index), found, media)
 
     def rows(self, answers: Sequence[Answer], verdicts: Mapping[str, Verdict]) -> list[Row]:
@@ -171,5 +193,6 @@ def _asked(question: Question) -> str:
 
 def sample_of(question: Question, decode: SampleDecoder) -> Sample:
     """The sample of a question, decoded, to be shown."""
-    media = [medium.decoded(decode) for medium in question.media if isinstance(medium, ShardMedium)]
+    shown = [replace(medium, features=None) for medium in question.media if isinstance(medium, ShardMedium)]
+    media = [medium.decoded(decode) for medium in shown]
     return Sample(question.about["key"], list(question.conversation), media)
