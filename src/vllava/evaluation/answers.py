@@ -195,9 +195,9 @@ def _answer(sample: Sample, text: str) -> Answer:
 
 
 def pictures(sample: Sample, frames: int = 8) -> list[Image.Image]:
-    """What the model saw of a sample: its images, and `frames` frames of its videos."""
+    """What the model saw of a sample: its images, and `frames` frames of its videos; of features nothing."""
     shown = []
-    for medium in sample.media:
+    for medium in (one for one in sample.media if one.pixels.ndim > 2):
         stack = medium.pixels if medium.kind == "video" else medium.pixels[None]
         chosen = np.linspace(0, len(stack) - 1, min(frames, len(stack))).astype(int)
         shown += [Image.fromarray(stack[i].permute(1, 2, 0).numpy()) for i in chosen]

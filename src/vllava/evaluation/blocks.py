@@ -102,7 +102,7 @@ class Blocks(Dataset):
             keys = [(medium.kind, medium.key) for medium in question.media]
             for key, medium in zip(keys, question.media, strict=True):
                 if key not in found:
-                    found[key] = decoded(medium, self.decode)
+                    found[key] = decoded(getattr(medium, "encoded", medium), self.decode)
                 if isinstance(shown := found[key], Medium) and key not in numbers:
                     numbers[key] = len(prepared.media)
                     prepared.media.append(shown)

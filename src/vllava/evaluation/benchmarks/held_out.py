@@ -43,18 +43,22 @@ class ShardMedium:
         return f"{self.shard.path}:{self.index}.{self.number}"
 
     def read(self) -> bytes:
-        file = parse(_members(self.shard, self.index)).files[self.number]
+        file = parse(self._members()).files[self.number]
         if file.prepared or file.features_of:
             raise UserError("the shard holds frames or features in place of the medium's file")
         return file.data[0]
 
+    @property
+    def encoded(self) -> ShardMedium:
+        """The same as its encoder sees it, where that is kept."""
+        return self if self.features is None else replace(self, shard=self.features)
+
     def decoded(self, decode: SampleDecoder) -> Medium:
         """The medium as the model takes it; raises UserError for anything that is wrong with the sample."""
-        return decode.medium(_members(self.features or self.shard, self.index), self.number)
+        return decode.medium(self._members(), self.number)
 
-
-def _members(shard: Shard, index: int) -> dict[str, bytes]:
-    return _reader(shard).read(0, index)[1]
+    def _members(self) -> dict[str, bytes]:
+        return _reader(self.shard).read(0, self.index)[1]
 
 
 def _reader(shard: Shard) -> ShardReader:
@@ -109,7 +113,7 @@ class HeldOut(Benchmark):
             return
         for source, folder in zip(sources, folders, strict=True):
             both = read_manifest(source, self.remedy), read_manifest(folder, self.remedy)
-            self.features |= {str(shard.path): made for shard, made in zip(*both, strict=True)}
+            self.features |= {str(shard.path): encoded for shard, encoded in zip(*both, strict=True)}
 
     def questions(self) -> list[Question]:
         """Raises UserError, which names the sample, for a record that is none or whose question is of an odd kind."""
@@ -193,6 +197,5 @@ def _asked(question: Question) -> str:
 
 def sample_of(question: Question, decode: SampleDecoder) -> Sample:
     """The sample of a question, decoded, to be shown."""
-    shown = [replace(medium, features=None) for medium in question.media if isinstance(medium, ShardMedium)]
-    media = [medium.decoded(decode) for medium in shown]
+    media = [medium.decoded(decode) for medium in question.media if isinstance(medium, ShardMedium)]
     return Sample(question.about["key"], list(question.conversation), media)
