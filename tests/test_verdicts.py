@@ -10,11 +10,12 @@ from study_fixtures import CLAIMS, SKILLS, history, write_study
 
 from vllava import report
 from vllava.errors import UserError
+from vllava.verdicts import plots
 from vllava.verdicts.answers import of_types, pope, read_sheet
 from vllava.verdicts.curves import curves_of
 from vllava.verdicts.figures import Figure, left_out
 from vllava.verdicts.findings import NOT_REPRODUCED, REPRODUCED, UNDECIDED, find
-from vllava.verdicts.report import as_html, as_json, as_text, report_on
+from vllava.verdicts.report import as_html, as_json, as_text, plots_of, report_on
 from vllava.verdicts.statistics import over_seeds
 from vllava.verdicts.study_file import read_study
 from vllava.verdicts.tables import tables_of
@@ -102,7 +103,7 @@ def test_what_is_missing_is_named_with_its_reason(whole):
     missing = find(read_study(whole)).missing
     assert missing == [
         "separated_clip, seed 2 failed: The disk is <full>: free some space.",
-        "video_only, seed 3 is not finished.",
+        "video_only is not finished with seed 3.",
         "image_only has no run with seed 4.",
     ]
 
@@ -305,9 +306,13 @@ def test_over_levels_every_claim_has_a_curve_and_each_level_is_corrected_for_its
     rulings = {one.level: one.ruling for one in made.found.verdicts}
     assert rulings["most"] == REPRODUCED and rulings["few"] == UNDECIDED
     assert "for the 1 tests made at each level" in made.found.rule
+    assert [one.level for one in made.found.verdicts] == [*levels]
     assert all(one.corrected == one.gain.p for one in made.found.verdicts)
     page = as_html(made)
-    assert "Joint training helps images (vs image_only)" in re.findall("<figcaption>(.*?)</figcaption>", page)
+    shown = ["Joint training helps images (vs image_only)", "Accuracy, images", "Accuracy, videos"]
+    assert re.findall("<figcaption>(.*?)</figcaption>", page)[:3] == shown
+    [curve, accuracy, *_] = plots_of(made)
+    assert all(f">{level}<".encode() in plot.svg for plot in (curve, accuracy) for level in levels)
     assert "Images, by share of videos" in page and "few (0.13)" in page
     assert not any(one.startswith("Where on the axis") for one in made.found.remarks)
     assert "| Joint training helps images | most | image_only | reproduced |" in as_text(made)
@@ -318,7 +323,24 @@ def test_a_level_whose_place_is_not_known_is_named_and_in_the_tables_alone(tmp_p
     levels = {"measured": 0.2, "unmeasured": None}
     made = report_on(write_study(tmp_path / "study", skills, levels=levels, axis="retrieval", claims=claims, **SMALL))
     assert "Where on the axis it stands is not known of unmeasured: in the tables alone." in made.found.remarks
-    assert "unmeasured" in as_text(made)
+    assert "unmeasured" in as_text(made) and not any(b"unmeasured" in plot.svg for plot in plots_of(made))
+
+
+@pytest.mark.parametrize(("levels", "scale"), [({"a": 0.05, "1.0": 1}, "log"), ({"a": 0.1, "1.0": 1}, "linear")])
+def test_levels_that_lie_far_apart_stand_on_a_logarithmic_scale_with_numbers(tmp_path, levels, scale, monkeypatch):
+    scales, drawn = [], plots._drawn
+
+    def noted(canvas, title):
+        scales.append(canvas.axes[0].get_xscale())
+        return drawn(canvas, title)
+
+    monkeypatch.setattr(plots, "_drawn", noted)
+    skills = {arm: SKILLS[arm] for arm in ("united", "image_only")}
+    claims = {"joint_images": CLAIMS["joint_images"]}
+    made = report_on(write_study(tmp_path / "study", skills, levels=levels, axis="share", claims=claims, **SMALL))
+    [curve, *_] = plots_of(made)
+    assert set(scales) == {scale}
+    assert f">{levels['a']:g}<".encode() in curve.svg and b">1.0<" in curve.svg and b">1<" not in curve.svg
 
 
 # --- learning curves --------------------------------------------------------------------------------------------------

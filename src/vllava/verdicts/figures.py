@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,23 +42,33 @@ class Figure:
 def read_sheets(study: StudyFile) -> tuple[dict[tuple[str, str, int], Sheet], list[str]]:
     """The sheets of the runs that have one, and a sentence for each that has none."""
     sheets, missing = {}, []
+    unfinished: dict[tuple[str, str], list[int]] = {}
     listed = {(run.arm, run.level, run.seed): run for run in study.runs}
     for run in listed.values():
         folder = run.parts.get(EVALUATE)
         if run.state == FAILED:
             missing.append(f"{run} failed: {run.error or 'it does not say why'}")
         elif run.state == UNFINISHED:
-            missing.append(f"{run} is not finished.")
+            unfinished.setdefault((run.arm, run.level), []).append(run.seed)
         elif folder is None or not folder.is_dir():
             missing.append(f"{run} is said to be {FINISHED}, but its evaluation is gone: {folder or 'no folder'}.")
         else:
             sheets[run.arm, run.level, run.seed] = read_sheet(folder)
+    for (arm, level), seeds in unfinished.items():
+        missing.append(f"{_named(arm, level)} is not finished with {_seeds(seeds)}.")
     for arm in study.arms:
         for level in study.levels:
             if lacking := [seed for seed in study.seeds if (arm, level, seed) not in listed]:
-                seeds = ", ".join(map(str, lacking))
-                missing.append(f"{arm}{'' if level == 'all' else f' at {level}'} has no run with seed {seeds}.")
+                missing.append(f"{_named(arm, level)} has no run with {_seeds(lacking)}.")
     return sheets, missing
+
+
+def _named(arm: str, level: str) -> str:
+    return arm if level == "all" else f"{arm} at {level}"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def seeds_of(sheets: Sheets, arm: str, level: str) -> list[int]:

@@ -84,12 +84,14 @@ def find(study: StudyFile) -> Findings:
             f"Each seed left out in turn, {within} of {total} figures lie where the others expect one more seed; "
             f"{100 * LEVEL:.0f} % should."
         )
+    verdicts = [one for level in study.levels for one in _verdicts(study, sheets, level)]
+    verdicts.sort(key=lambda one: study.claims.index(one.claim))  # a claim's levels beside one another
     return Findings(
         study,
         figures,
         parts(study, sheets),
         {arm: rows for arm in study.arms if (rows := settings(study, sheets, arm))},
-        [one for level in study.levels for one in _verdicts(study, sheets, level)],
+        verdicts,
         gains,
         rule(study),
         missing,

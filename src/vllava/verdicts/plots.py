@@ -22,6 +22,7 @@ RULINGS = {REPRODUCED: "#1a6b31", NOT_REPRODUCED: "#b42318", UNDECIDED: "#6b7688
 WIDE = 20  # points of gain, from which the scale is logarithmic beyond LINEAR points
 LINEAR = 2
 TICKS = (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)
+FAR = 15  # times the least, from which levels stand on a logarithmic scale
 WIDTH = 4.8  # inches of 72 pixels
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -125,9 +126,9 @@ def learning(curves: Sequence[Curve], arms: Sequence[str]) -> list[Plot]:
     return plots
 
 
-def over_levels(found: Findings) -> list[Plot]:
+def gains_over_levels(found: Findings) -> list[Plot]:
     """For each claim its gain over what the levels differ in, with intervals."""
-    places = {level: x for level, x in found.study.levels.items() if x is not None}
+    places = _places(found)
     plots = []
     for claim in found.study.claims:
         own = [one for one in found.verdicts if one.claim == claim and one.level in places and one.gain is not None]
@@ -144,10 +145,53 @@ def over_levels(found: Findings) -> list[Plot]:
             axes.plot([place, place], [100 * gain.low, 100 * gain.high], color=colour, linewidth=2)
             axes.plot([place], [100 * gain.value], "o", color=colour, markersize=6)
         axes.axhline(0, color="#1c2430", linewidth=0.8)
-        axes.set_xlabel(found.study.axis or "level")
+        _level_axis(axes, found)
         axes.set_ylabel("points gained")
         plots.append(_drawn(canvas, f"{claim.says} (vs {claim.worse})"))
     return plots
+
+
+def accuracy_over_levels(found: Findings, figure: str, title: str) -> Plot:
+    """The accuracy of every arm over what the levels differ in, with intervals over seeds."""
+    places, colour = _places(found), colours(found.study.arms)
+    canvas, axes = _axes(3.0)
+    for arm in found.study.arms:
+        at = {places[level]: one.spread for level in places if (one := found.figure(arm, level, figure)) is not None}
+        if not at:
+            continue
+        x = sorted(at)
+        axes.plot(x, [100 * at[one].mean for one in x], "o-", color=colour[arm], markersize=4, linewidth=1.4, label=arm)
+        for one in (one for one in x if at[one].seeds > 1):
+            axes.plot([one, one], [100 * at[one].low, 100 * at[one].high], color=colour[arm], linewidth=1.6, alpha=0.6)
+    _level_axis(axes, found)
+    axes.set_ylabel("percent right")
+    axes.legend(frameon=False, fontsize=8)
+    return _drawn(canvas, f"Accuracy, {title}")
+
+
+def _places(found: Findings) -> dict[str, float]:
+    """Where each level stands, of those that stand anywhere."""
+    return {level: x for level, x in found.study.levels.items() if x is not None}
+
+
+def _level_axis(axes: Axes, found: Findings) -> None:
+    """Levels by name, and by number where that is another; far apart on a logarithmic scale."""
+    places = _places(found)
+    least, most = min(places.values()), max(places.values())
+    if least > 0 and most / least >= FAR:
+        axes.set_xscale("log")
+    names = [level if _is(level, x) else f"{level}\n{x:.2g}" for level, x in places.items()]
+    axes.set_xticks([], minor=True)
+    axes.set_xticks(list(places.values()), names)
+    axes.set_xlabel(found.study.axis or "level")
+
+
+def _is(level: str, x: float) -> bool:
+    """Whether a level's name is where it stands, rounded."""
+    try:
+        return abs(float(level) - x) < 0.01 * abs(x)
+    except ValueError:
+        return False
 
 
 def _axes(height: float) -> tuple[Canvas, Axes]:

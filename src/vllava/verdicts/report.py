@@ -17,7 +17,7 @@ from vllava.evaluation.layout import Table, as_markdown
 from vllava.verdicts.answers import FIGURES
 from vllava.verdicts.curves import Curve, curves_of
 from vllava.verdicts.findings import Findings, Verdict, find
-from vllava.verdicts.plots import Plot, bars, forest, learning, over_levels
+from vllava.verdicts.plots import Plot, accuracy_over_levels, bars, forest, gains_over_levels, learning
 from vllava.verdicts.study_file import FINISHED, read_study
 from vllava.verdicts.tables import TITLES, tables_of
 
@@ -101,10 +101,12 @@ def as_html(report: Report) -> str:
 def plots_of(report: Report) -> list[Plot]:
     """The pictures of the figures: over levels where there are several, else the claims, then every figure."""
     found = report.found
-    if report.by_level:
-        return over_levels(found)
-    level = next(iter(found.study.levels))
     figures = [figure for figure in FIGURES if any(one.figure == figure for one in found.figures)]
+    if report.by_level:
+        if all(x is None for x in found.study.levels.values()):
+            return []
+        return gains_over_levels(found) + [accuracy_over_levels(found, one, TITLES[one]) for one in figures]
+    level = next(iter(found.study.levels))
     drawn = [forest(found.verdicts)] if any(one.gain is not None for one in found.verdicts) else []
     return drawn + [bars(found, level, figure, TITLES[figure]) for figure in figures]
 
