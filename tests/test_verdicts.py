@@ -340,7 +340,7 @@ def test_levels_that_lie_far_apart_stand_on_a_logarithmic_scale_with_numbers(tmp
     made = report_on(write_study(tmp_path / "study", skills, levels=levels, axis="share", claims=claims, **SMALL))
     [curve, *_] = plots_of(made)
     assert set(scales) == {scale}
-    assert f">{levels['a']:g}<".encode() in curve.svg and b">1.0<" in curve.svg and b">1<" not in curve.svg
+    assert f">({levels['a']:g})<".encode() in curve.svg and b">1.0<" in curve.svg and b">1<" not in curve.svg
 
 
 # --- learning curves --------------------------------------------------------------------------------------------------
@@ -393,15 +393,22 @@ def test_the_command_writes_one_format_where_it_is_told(whole, tmp_path, capsys)
     assert report.main([str(whole / "study.json"), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["name"] == "paper"
     assert report.main([str(whole), "--format", "html", "--out", str(tmp_path / "a/page.html")]) == 0
-    assert (tmp_path / "a/page.html").read_text().startswith("<!doctype html>")
+    assert report.main([str(whole), "--out", str(tmp_path / "by its name.HTML")]) == 0
+    assert all(page.read_text().startswith("<!doctype html>") for page in tmp_path.rglob("*.[hH]*"))
+    assert report.main([str(whole), "--out", str(tmp_path / "plain")]) == 0
+    assert "| claim | against |" in (tmp_path / "plain").read_text()
 
 
-def test_the_pictures_of_a_markdown_file_lie_beside_it(whole, tmp_path):
+def test_the_pictures_of_a_markdown_file_lie_beside_it_and_no_older_ones(whole, tmp_path):
+    (tmp_path / "my study-pictures").mkdir()
+    (tmp_path / "my study-pictures/07-of-another-report.svg").write_text("<svg/>")
+    (tmp_path / "my study-pictures/mine.svg").write_text("<svg/>")
     assert report.main([str(whole), "--format", "markdown", "--out", str(tmp_path / "my study.md")]) == 0
     links = re.findall(r'<img src="(.+?)" alt=".+?"', (tmp_path / "my study.md").read_text())
     assert len(links) > 8 and all(link.startswith("my%20study-pictures/") for link in links)
     for link in links:
         assert "<svg" in (tmp_path / link.replace("%20", " ")).read_text()
+    assert len([*(tmp_path / "my study-pictures").iterdir()]) == len(links) + 1
 
 
 def test_a_study_is_reported_on_alone(whole, capsys):

@@ -30,6 +30,7 @@ STUDY_FORMATS: dict[str, Callable[[study.Report], str]] = {
     "json": study.as_json,
     "html": study.as_html,
 }
+OF_SUFFIX = {".txt": "text", ".md": "markdown", ".json": "json", ".html": "html", ".htm": "html"}
 STUDY_FILES = {"report.html": "html", "report.md": "markdown", "report.json": "json"}  # in a study's folder
 
 
@@ -59,6 +60,11 @@ def write(path: Path, text: str) -> None:
         raise UserError(f"{path} cannot be written ({reason(error)}). Choose another place with --out.") from error
 
 
+def format_of(out: Path | None, asked: str | None) -> str:
+    """The format that was asked for, else that of the file's name, else text."""
+    return asked or OF_SUFFIX.get(out.suffix.lower() if out else "", "text")
+
+
 def on_study(path: Path, form: str | None, out: Path | None) -> str:
     """The report of a study in one format, on the screen or in a file; or all three in its folder. Returns what to say.
 
@@ -71,10 +77,12 @@ def on_study(path: Path, form: str | None, out: Path | None) -> str:
     elif out is None:
         return STUDY_FORMATS[form or "text"](report).rstrip()
     else:
-        files = {out: form or "text"}
+        files = {out: format_of(out, form)}
     for file, kind in files.items():
         if kind == "markdown":
             pictures = file.with_name(f"{file.stem}-pictures")
+            for old in pictures.glob("[0-9][0-9]-*.svg"):  # of an earlier report, which may have had others
+                old.unlink()
             for name, plot in study.pictures_of(report).items():
                 write(pictures / name, plot.svg.decode())
             write(file, study.as_text(report, pictures.name))
@@ -104,7 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="how it is written (default: text; of a study html, markdown and json, into its folder)",
+        help="how it is written (default: by the ending of FILE, else text; of a study without FILE html, markdown and "
+        "json, into its folder)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write it there, instead of on the screen")
     parser.add_argument(
@@ -117,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise UserError("A study is reported on alone, and has a baseline of its own: give its folder only.")
             print(on_study(Path(options.results[0]), options.format, options.out))
             return 0
-        text = FORMATS[options.format or "text"](*laid_out(options.results, options.baseline))
+        text = FORMATS[format_of(options.out, options.format)](*laid_out(options.results, options.baseline))
         if options.out:
             write(options.out, text)
     except UserError as error:

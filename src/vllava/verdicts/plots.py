@@ -180,18 +180,9 @@ def _level_axis(axes: Axes, found: Findings) -> None:
     least, most = min(places.values()), max(places.values())
     if least > 0 and most / least >= FAR:
         axes.set_xscale("log")
-    names = [level if _is(level, x) else f"{level}\n{x:.2g}" for level, x in places.items()]
     axes.set_xticks([], minor=True)
-    axes.set_xticks(list(places.values()), names)
+    axes.set_xticks(list(places.values()), [found.study.label(level).replace(" (", "\n(") for level in places])
     axes.set_xlabel(found.study.axis or "level")
-
-
-def _is(level: str, x: float) -> bool:
-    """Whether a level's name is where it stands, rounded."""
-    try:
-        return abs(float(level) - x) < 0.01 * abs(x)
-    except ValueError:
-        return False
 
 
 def _axes(height: float) -> tuple[Canvas, Axes]:

@@ -73,6 +73,19 @@ class StudyFile:
     claims: list[Claim]
     runs: list[Run]
 
+    def label(self, level: str) -> str:
+        """A level's name, and where it stands where its name does not say so."""
+        x = self.levels[level]
+        return level if x is None or _says(level, x) else f"{level} ({x:.2g})"
+
+
+def _says(level: str, x: float) -> bool:
+    """Whether a level's name is where it stands, rounded."""
+    try:
+        return abs(float(level) - x) <= 0.01 * abs(x)
+    except ValueError:
+        return False
+
 
 def is_study(path: str | Path) -> bool:
     """Whether a path is a study's folder, or its file."""

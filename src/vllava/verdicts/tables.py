@@ -114,10 +114,10 @@ def by_level(found: Findings, figure: str) -> Table:
     rivals = [arm for arm in arms if arm != base]
     columns = [*(Column(arm) for arm in arms), *(Column(f"{base} more than {arm}") for arm in rivals)]
     lines = []
-    for level, x in found.study.levels.items():
+    for level in found.study.levels:
         cells = [_cell(one.spread) if (one := own.get((level, arm))) else None for arm in arms]
         cells += [_gain_cell(found.gains.get((arm, level, figure))) for arm in rivals]
-        lines.append(Line(level if x is None else f"{level} ({x:g})", tuple(cells)))
+        lines.append(Line(found.study.label(level), tuple(cells)))
     title = f"{TITLES[figure]}, by {found.study.axis or 'level'}"
     return Table(title[0].upper() + title[1:], tuple(columns), tuple(lines), {}, (_MEAN, _MORE))
 
