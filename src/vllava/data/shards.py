@@ -208,6 +208,10 @@ class ShardReader:
         """The key of a sample; raises UserError where the shard as a whole cannot be read."""
         return self._shard(shard)[1][index].key
 
+    def members(self, shard: int, index: int) -> list[str]:
+        """What a sample has members of, by extension, without reading them; raises UserError as `key` does."""
+        return [*self._shard(shard)[1][index].files]
+
     def read(self, shard: int, index: int, only: Sequence[str] | None = None) -> tuple[str, dict[str, bytes]]:
         """The key of a sample and its members by extension (what follows the key and a dot), or `only` these.
 

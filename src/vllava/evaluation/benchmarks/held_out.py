@@ -144,7 +144,7 @@ def _row(answer: Answer, plain: old.Answer, groups: Mapping[str, Sequence[str]])
 
 def _parsed(reader: ShardReader, shard: int, index: int) -> Parsed:
     """What a sample says; its media are read only where they are needed to know which placeholders are meant."""
-    names = reader.entries(shard)[index].files
+    names = reader.members(shard, index)
     record = reader.read(shard, index, only=("json",))[1]
     if BROKEN in names:
         conversation, dropped = read_conversation(read_record(record))
