@@ -326,6 +326,20 @@ def test_a_level_whose_place_is_not_known_is_named_and_in_the_tables_alone(tmp_p
     assert "unmeasured" in as_text(made) and not any(b"unmeasured" in plot.svg for plot in plots_of(made))
 
 
+@pytest.mark.parametrize("asked", [["half", "most"], ["half"]])
+def test_levels_that_were_not_asked_for_are_left_out_and_the_others_named(asked, tmp_path):
+    skills, claims = {arm: SKILLS[arm] for arm in ("united", "image_only")}, {"joint_images": CLAIMS["joint_images"]}
+    levels = {"scant": 0.1, "half": 0.5, "most": 1.0}
+    folder = write_study(tmp_path / "study", skills, levels=levels, axis="share", claims=claims, **SMALL)
+    content = json.loads((folder / "study.json").read_text())
+    content["runs"] = [run for run in content["runs"] if run["level"] in asked]
+    (folder / "study.json").write_text(json.dumps(content))
+    made = report_on(folder)
+    assert f"Of its levels the study was run at {', '.join(asked)} alone." in made.found.remarks
+    assert not made.found.missing and [one.level for one in made.found.verdicts] == asked
+    assert "scant" not in as_text(made) and as_html(made)
+
+
 @pytest.mark.parametrize(("levels", "scale"), [({"a": 0.05, "1.0": 1}, "log"), ({"a": 0.1, "1.0": 1}, "linear")])
 def test_levels_that_lie_far_apart_stand_on_a_logarithmic_scale_with_numbers(tmp_path, levels, scale, monkeypatch):
     scales, drawn = [], plots._drawn

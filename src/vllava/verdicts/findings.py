@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllava.errors import UserError
 from vllava.verdicts.answers import FIGURES, Wanted, aligned, of_figure, of_types, share
@@ -54,11 +54,14 @@ def find(study: StudyFile) -> Findings:
 
     Raises UserError where no run has answered anything, or where what one left cannot be read.
     """
+    asked = {level: x for level, x in study.levels.items() if any(run.level == level for run in study.runs)}
+    some = asked and asked != study.levels
+    study = replace(study, levels=asked or study.levels)
     sheets, missing = read_sheets(study)
     if not sheets:
         said = " ".join(missing) or "It has no runs."
         raise UserError(f"{study.path} has no finished run to report on. {said}")
-    remarks: list[str] = []
+    remarks = [f"Of its levels the study was run at {', '.join(asked)} alone."] if some else []
     gains = {}
     for arm in (arm for arm in study.arms if arm != study.baseline):
         for level in study.levels:

@@ -156,13 +156,15 @@ def accuracy_over_levels(found: Findings, figure: str, title: str) -> Plot:
     places, colour = _places(found), colours(found.study.arms)
     canvas, axes = _axes(3.0)
     for arm in found.study.arms:
-        at = {places[level]: one.spread for level in places if (one := found.figure(arm, level, figure)) is not None}
-        if not at:
+        figures = {x: own for level, x in places.items() if (own := found.figure(arm, level, figure)) is not None}
+        if not figures:
             continue
-        x = sorted(at)
-        axes.plot(x, [100 * at[one].mean for one in x], "o-", color=colour[arm], markersize=4, linewidth=1.4, label=arm)
-        for one in (one for one in x if at[one].seeds > 1):
-            axes.plot([one, one], [100 * at[one].low, 100 * at[one].high], color=colour[arm], linewidth=1.6, alpha=0.6)
+        at = {x: figures[x].spread for x in sorted(figures)}
+        axes.plot([*at], [100 * one.mean for one in at.values()], "o-", color=colour[arm], markersize=4, linewidth=1.4,
+                  label=arm)  # fmt: skip
+        for x, one in at.items():
+            if one.seeds > 1:
+                axes.plot([x, x], [100 * one.low, 100 * one.high], color=colour[arm], linewidth=1.6, alpha=0.6)
     _level_axis(axes, found)
     axes.set_ylabel("percent right")
     axes.legend(frameon=False, fontsize=8)

@@ -52,9 +52,9 @@ class Report:
 
 def report_on(path: str | Path) -> Report:
     """Read a study's folder, or its study.json; raises UserError where it cannot be read or no run has finished."""
-    study = read_study(path)
-    found = find(study)
-    curves, lost = curves_of(study, next(iter(study.levels))) if len(study.levels) == 1 else ([], [])
+    found = find(read_study(path))
+    levels = found.study.levels
+    curves, lost = curves_of(found.study, next(iter(levels))) if len(levels) == 1 else ([], [])
     found.remarks.extend(lost)
     return Report(found, curves)
 
