@@ -23,6 +23,7 @@ PAGES = [
     "docs/study.md",
     "docs/study/paper.md",
     "docs/study/data_amount.md",
+    "docs/study/no_stage1.md",
     "docs/study/video_share.md",
     "docs/when.md",
     "docs/watching.md",

@@ -76,7 +76,8 @@ class StudyFile:
     def label(self, level: str) -> str:
         """A level's name, and where it stands where its name does not say so."""
         x = self.levels[level]
-        return level if x is None or _says(level, x) else f"{level} ({x:.2g})"
+        # 0 and 1 stand for "without" and "with"
+        return level if x in (None, 0, 1) or _says(level, x) else f"{level} ({x:.2g})"
 
 
 def _says(level: str, x: float) -> bool:
