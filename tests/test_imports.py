@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "model": {"batch", "checks", "errors", "folders", "conversation", "pixels"},
     "training": {"batch", "checks", "errors", "folders", "model", "pixels", "stops"},
     "inspection": {"batch", "errors", "conversation", "data", "training"},
-    "evaluation": {"batch", "checks", "errors", "folders", "conversation", "data", "model"},
+    "features": {"data", "errors", "folders", "model"},
+    "evaluation": {"batch", "checks", "errors", "features", "folders", "conversation", "data", "model"},
     "verdicts": {"checks", "errors", "data", "evaluation"},
 }
 HYDRA = {"hydra", "omegaconf"}

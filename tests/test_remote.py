@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import zlib
+from contextlib import suppress
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -524,7 +525,12 @@ def test_threads_and_their_files_fit_a_bound_that_is_tight(server, tmp_path):
     def work(address, data):
         assert fetch(cache, address, data) == data
         with FileLock(tmp_path / "locks" / "room.lock"):  # nothing makes room meanwhile, and would be counted twice
-            most.append(sum(path.stat().st_size for path in (*left(cache, ".copy"), *left(cache, ".part"))))
+            most.append(held())
+
+    def held():
+        while True:
+            with suppress(FileNotFoundError):  # another thread's .part became a .copy between two looks
+                return sum(path.stat().st_size for path in (*left(cache, ".copy"), *left(cache, ".part")))
 
     threads = [threading.Thread(target=work, args=one) for one in files]
     for thread in threads:
