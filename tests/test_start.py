@@ -58,9 +58,9 @@ def test_modules_that_start_afresh_take_nothing_of_the_checkpoint_and_the_others
 
 
 def test_an_image_encoder_starts_from_another():
+    expected = saved(IMAGES).state_dict()
     assert all(
-        torch.equal(value, saved(IMAGES).state_dict()[name])
-        for name, value in started(IMAGES, SIZES["vision"]).state_dict().items()
+        torch.equal(value, expected[name]) for name, value in started(IMAGES, SIZES["vision"]).state_dict().items()
     )
 
 

@@ -20,7 +20,7 @@ from vllava.verdicts.answers import (
     share,
 )
 from vllava.verdicts.statistics import Spread, over_seeds
-from vllava.verdicts.study_file import EVALUATE, FAILED, FINISHED, UNFINISHED, StudyFile
+from vllava.verdicts.study_file import EVALUATE, FAILED, FINISHED, UNFINISHED, StudyFile, system
 
 Sheets = Mapping[tuple[str, str, int], Sheet]  # arm, level, seed
 
@@ -55,16 +55,12 @@ def read_sheets(study: StudyFile) -> tuple[dict[tuple[str, str, int], Sheet], li
         else:
             sheets[run.arm, run.level, run.seed] = read_sheet(folder)
     for (arm, level), seeds in unfinished.items():
-        missing.append(f"{_named(arm, level)} is not finished with {_seeds(seeds)}.")
+        missing.append(f"{system(arm, level)} is not finished with {_seeds(seeds)}.")
     for arm in study.arms:
         for level in study.levels:
             if lacking := [seed for seed in study.seeds if (arm, level, seed) not in listed]:
-                missing.append(f"{_named(arm, level)} has no run with {_seeds(lacking)}.")
+                missing.append(f"{system(arm, level)} has no run with {_seeds(lacking)}.")
     return sheets, missing
-
-
-def _named(arm: str, level: str) -> str:
-    return arm if level == "all" else f"{arm} at {level}"
 
 
 def _seeds(seeds: Sequence[int]) -> str:

@@ -53,9 +53,12 @@ class Run:
     parts: dict[str, Path]
 
     def __str__(self) -> str:
-        return (
-            f"{self.arm} at {self.level}, seed {self.seed}" if self.level != "all" else f"{self.arm}, seed {self.seed}"
-        )
+        return f"{system(self.arm, self.level)}, seed {self.seed}"
+
+
+def system(arm: str, level: str) -> str:
+    """What the runs of an arm at a level are called."""
+    return arm if level == "all" else f"{arm} at {level}"
 
 
 @dataclass(frozen=True)
