@@ -9,15 +9,26 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from vllava.errors import UserError
 from vllava.evaluation.questions import Answer
 
 CONF = Path(__file__).parents[1] / "conf"
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+NAMES = ["gqa", "mmbench", "pope", "science_qa", "text_vqa", "vizwiz", "vizwiz_val", "vqav2", "vqav2_val"]
+LAYOUTS = ["files", "tables"]
+PREPARED = {
+    "gqa": "gqa/llava_gqa_testdev_balanced.jsonl",
+    "pope": "pope/llava_pope_test.jsonl",
+    "text_vqa": "textvqa/llava_textvqa_val_v051_ocr.jsonl",
+    "vizwiz": "vizwiz/llava_test.jsonl",
+    "vqav2": "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl",
+}
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 # --- asking -----------------------------------------------------------------------------------------------------------
@@ -51,6 +62,27 @@ def figures(found, rows, group=None):
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(name, layout, root):
+    """A benchmark's folder, by the function below that makes it."""
+    globals()[f"{name.removesuffix('_val')}_{layout}"](root)
+
+
+def asked(name, layout, root, **changes):
+    write(name, layout, root)
+    found = benchmark(name, root, **changes)
+    return found, found.questions()
+
+
+def damaged(name, tmp_path, change):
+    """The error of reading a benchmark whose prepared file's lines were changed."""
+    write(name, "files", tmp_path)
+    path = tmp_path / PREPARED[name]
+    path.write_text("\n".join(change(path.read_text().splitlines())))
+    with pytest.raises(UserError) as error:
+        benchmark(name, tmp_path).questions()
+    return str(error.value), path
 
 
 def write_json(path, content):

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a path that is not there must fa
 
 import pytest
 import torch
+import warm
 from hydra.core.hydra_config import HydraConfig
 from transformers import CLIPConfig, CLIPModel, ViTMAEConfig, ViTMAEForPreTraining
 
@@ -198,3 +199,15 @@ def mixed_samples(make_sample):
         make_sample("<image> before <video> and <image> after: what changed?", "Nothing", key="several", seed=4),
         make_sample("Look: <video>", "A cube falls.", "And here: <image>?", "It lies.", key="rounds", seed=5),
     ]
+
+
+@pytest.fixture
+def train(tmp_path):
+    """A function that runs train.py with the given arguments and returns (exit code, what it wrote to stderr)."""
+
+    def run(*arguments):
+        settings = [f"runs={tmp_path / 'runs'}", "logger=none"]
+        code, _, told = warm.train([*arguments, *settings], tmp_path / "log")
+        return code, told
+
+    return run

@@ -34,6 +34,11 @@ def talk(question="What is it?", answer="a circle", placeholder="<image>"):
     return [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
 
 
+def turns(*values):
+    """A conversation of these texts, the first of them the human's."""
+    return [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
+
+
 def image_sample(key, shade=120):
     return key, {"id": key, "conversations": talk()}, [("jpg", jpeg(shade))]
 

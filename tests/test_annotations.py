@@ -9,17 +9,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from shard_fixtures import turns
 
 from data_prep import json_rows as json_module
 from data_prep.annotations import annotation_files, count, read_dataset, rows
 from data_prep.dataset import CONF
 from data_prep.rows import draft
 from vllava.errors import UserError
-
-
-def turns(*values):
-    return [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
-
 
 ROWS = [{"id": n, "image": f"{n}.jpg", "conversations": turns("<image>\nWhat?", f"Ünï {n}")} for n in range(5)]
 JPEG = b"\xff\xd8\xff\xe0 a picture"

@@ -9,11 +9,11 @@ import time
 
 import pytest
 import warm
+from config_fixtures import assert_one_paragraph, composed
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from result_fixtures import result
 from shard_fixtures import image_sample, jpeg, talk, video_sample, write_source
-from test_config import assert_one_paragraph, composed, train  # noqa: F401
 
 from data_prep.shards import write_manifest
 from vllava.answering import log_result
@@ -203,7 +203,7 @@ def test_a_benchmark_that_fails_is_named_at_the_end_and_asked_again_alone(monkey
     assert list(found["benchmarks"]) == ["first", "second", "third"] and found["seconds"] == 6.0
 
 
-def test_an_evaluation_that_is_stopped_ends_after_a_block_and_goes_on(train, checkpoint, tmp_path):  # noqa: F811
+def test_an_evaluation_that_is_stopped_ends_after_a_block_and_goes_on(train, checkpoint, tmp_path):
     write_source(tmp_path / "s", [image_sample(f"k{n}", n) for n in range(60)], per_shard=60)
     given = ["+experiment=evaluate", f"checkpoint={checkpoint}", "trainer=single", "evaluation.batch_size=1"]
     given += [f"data.held_out.image=[{tmp_path / 's'}]", "evaluation.workers=0", "evaluation.max_new_tokens=20"]
@@ -223,12 +223,12 @@ def test_an_evaluation_that_is_stopped_ends_after_a_block_and_goes_on(train, che
         assert (stopped / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_an_evaluation_does_not_share_a_model_out(train, checkpoint):  # noqa: F811
+def test_an_evaluation_does_not_share_a_model_out(train, checkpoint):
     result = train("+experiment=evaluate", f"checkpoint={checkpoint}", "trainer=fsdp")
     assert_one_paragraph(result, "whole model on every device", "trainer=auto, ddp or single")
 
 
-def test_several_benchmarks_have_a_folder_each_below_the_runs(train, checkpoint, tmp_path):  # noqa: F811
+def test_several_benchmarks_have_a_folder_each_below_the_runs(train, checkpoint, tmp_path):
     write_source(tmp_path / "s", [image_sample("a"), video_sample("b")], per_shard=2)
     given = ["+experiment=evaluate", f"checkpoint={checkpoint}", f"run_dir={tmp_path / 'run'}", "trainer=single"]
     given += ["data.decoder=pyav", f"data.held_out.image=[{tmp_path / 's'}]", "benchmarks=[held_out]"]

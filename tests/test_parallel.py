@@ -1,14 +1,13 @@
 """Several processes train as one: the same losses, the same weights, whatever shares the model out."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+import warm
 from safetensors.torch import load_file
-from shard_fixtures import ROOT
 
 from data_prep.toy import make
 
@@ -17,7 +16,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
-    """A function that trains a stage for ten steps, once, and returns the losses and the folder of the run.
+    """A function that trains a stage for a few steps, once, and returns the losses and the folder of the run.
 
     With `stop_after` it is interrupted after so many steps and started again.
     """
@@ -34,12 +33,11 @@ def train(tmp_path_factory):
         given += ["validation.every_steps=5", "validation.samples=7"]
         if stage == "stage2":
             given.append("projector=null")
-        command = [sys.executable, "train.py", *given, *settings]
         if stop_after:
-            interrupt(command, folder, stop_after)
+            interrupt([*given, *settings], folder, stop_after)
         if not (folder / "checkpoint").exists():
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            code, _, told = warm.train([*given, *settings], folder)
+            assert code == 0, told
         return history(folder), folder
 
     return run
@@ -50,17 +48,14 @@ def history(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def interrupt(command, folder, steps):
+def interrupt(arguments, folder, steps):
     """Start a run and, after so many steps, interrupt the first of its processes alone: all have to stop."""
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        while len(history(folder)) < steps and running.poll() is None:
-            time.sleep(0.02)
-        running.send_signal(signal.SIGINT)
-        running.communicate(timeout=60)
-    finally:
-        running.kill()
-    assert running.returncode == 130 and steps <= len(history(folder)) < STEPS
+    running = warm.Started(arguments, folder)
+    while len(history(folder)) < steps and running.poll() is None:
+        time.sleep(0.02)
+    os.kill(running.pid, signal.SIGINT)
+    code, _, told = running.end(60)
+    assert code == 130 and steps <= len(history(folder)) < STEPS, told
     assert (folder / "resume").exists() and not (folder / "checkpoint").exists()
 
 
@@ -97,6 +92,6 @@ def test_two_processes_that_were_interrupted_end_as_two_undisturbed_ones(train):
 
 
 def test_deepspeed_on_a_machine_without_cuda_is_an_error_that_says_so(tmp_path):
-    command = [sys.executable, "train.py", "+experiment=stage1", "trainer=zero2", f"run_dir={tmp_path}", "logger=none"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: DeepSpeed runs on CUDA GPUs")
+    asked = ["+experiment=stage1", "trainer=zero2", f"run_dir={tmp_path / 'run'}", "logger=none"]
+    code, _, told = warm.train(asked, tmp_path / "log")
+    assert code == 1 and told.startswith("error: DeepSpeed runs on CUDA GPUs")

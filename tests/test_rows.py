@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shard_fixtures import turns
 
 from data_prep.dataset import Dataset, Fields
 from data_prep.rows import MediaRef, draft
@@ -21,10 +22,6 @@ MP4 = b"\0\0\0\x20ftypisom a film"
 
 def dataset(**settings):
     return Dataset(**{"name": "mine", "root": ROOT, "annotations": ("a.json",), **settings})
-
-
-def turns(*values):
-    return [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
 
 
 def texts(row, **settings):
