@@ -18,12 +18,11 @@ from vllava.data.build import FEATURES, DecoderName, Template, conversation_pack
 from vllava.data.datamodule import Workers
 from vllava.data.patience import Remote
 from vllava.errors import UserError
-from vllava.evaluation import results
+from vllava.evaluation import generate, results
 from vllava.evaluation.benchmark import Benchmark
 from vllava.evaluation.benchmarks.held_out import HeldOut
 from vllava.evaluation.blocks import blind
 from vllava.evaluation.generate import Asking, answer
-from vllava.evaluation.generate import workers as decoders
 from vllava.evaluation.outcome import Asked, Tell, figures_of, keep, write_exports, write_held_out, write_result_of
 from vllava.evaluation.predictions import Predictions
 from vllava.evaluation.questions import Answer, Question
@@ -86,7 +85,7 @@ def evaluate(
     if isinstance(benchmark, HeldOut):
         benchmark.restrict(model.specs)
         if features == "cache":
-            writer = FeatureWriter(model, decode, description.encoders, computes_in_bf16(), decoders(workers))
+            writer = FeatureWriter(model, decode, description.encoders, computes_in_bf16(), generate.workers(workers))
             benchmark.use_features(writer, features_gigabytes)
     questions = benchmark.questions()
     first = trainer is None or trainer.is_global_zero
