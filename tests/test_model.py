@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import FRAMES
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -19,6 +20,7 @@ from vllava.model.build import load_llm
 from vllava.model.encoders import ClipEncoder, MaeEncoder
 from vllava.model.languagebind import LanguageBind
 from vllava.model.video_llava import VideoLlava
+from vllava.pixels import normalised
 
 KINDS = {id_: kind for kind, id_ in PLACEHOLDER_IDS.items()}
 
@@ -277,6 +279,18 @@ def test_mae_features_are_unmasked_and_keep_the_order_of_the_patches(feature_lay
     shuffled = output.hidden_states[feature_layer][:, 1:]
     ordered = torch.stack([tokens[order] for tokens, order in zip(shuffled, output.ids_restore, strict=True)])
     close(MaeEncoder(str(mae_folder), feature_layer)(images), ordered)
+
+
+@torch.no_grad()
+def test_pixels_as_they_travel_give_the_tokens_of_normalised_ones(image_folder, video_folder, mae_folder):
+    pixels = torch.randint(0, 256, (2, FRAMES, 3, 32, 32), dtype=torch.uint8)
+    built = (
+        ClipEncoder(str(image_folder), "image"),
+        MaeEncoder(str(mae_folder)),
+        ClipEncoder(str(video_folder), "video"),
+    )
+    for encoder, given in zip(built, (pixels[:, 0], pixels[:, 0], pixels), strict=True):
+        torch.testing.assert_close(encoder(given), encoder(normalised(given)), rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from vllava.model.attention import PACKED
 from vllava.model.files import Checkpoint, load_strictly, require_fit, sized, warn_of_no_numbers
 from vllava.model.languagebind import VisionTower
 from vllava.model.llm import judge, quiet, require_room
+from vllava.pixels import normalised
 
 
 class Encoder(nn.Module):
@@ -106,7 +107,8 @@ class ClipEncoder(Encoder):
         load_strictly(self.tower, checkpoint, tensors, "vision_model.", ignored)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Images [N, 3, H, W] or videos [N, F, 3, H, W] to [N, P, E]."""
+        """Images [N, 3, H, W] or videos [N, F, 3, H, W], uint8 or normalised, to [N, P, E]."""
+        pixels = normalised(pixels)
         if self.video:
             return self.tower(pixels.flatten(0, 1)).unflatten(0, (-1, self.spec.frames)).flatten(1, 2)
         return self.tower(pixels)[:, 1:]
@@ -195,10 +197,10 @@ class MaeEncoder(Encoder):
         self.spec = MediumSpec(self.vit.config.image_size, patches, width=self.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Images [N, 3, H, W] to [N, P, E]."""
+        """Images [N, 3, H, W], uint8 or normalised, to [N, P, E]."""
         # MAE shuffles patches by the rank of this noise: rising noise keeps their order.
         order = torch.arange(self.spec.tokens, device=pixels.device).expand(len(pixels), -1)
-        return self.vit(pixels, noise=order).last_hidden_state[:, 1:]
+        return self.vit(normalised(pixels), noise=order).last_hidden_state[:, 1:]
 
 
 def no_encoder() -> None:
