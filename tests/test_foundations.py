@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM
 
 from data_prep.toy import make
 from vllava.config import composed
-from vllava.evaluation.foundations import RECORD, RUNS, measure, recipe
-from vllava.model.build import fresh_llm, load_tokenizer
+from vllava.evaluation.foundations import RECORD, RUNS, measure, recipe, token_similarity
+from vllava.model.build import fresh_llm, languagebind, load_tokenizer
 from vllava.model.files import Checkpoint
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -53,9 +53,14 @@ def test_a_phrase_starts_as_the_sum_of_its_words_and_no_other_token_is_touched()
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    world = tmp_path_factory.mktemp("world")
-    make("foundations-test", world, seed=0, scale=1.0, processes=2)
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    make("foundations-test", folder, seed=0, scale=1.0, processes=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def figures(world):
     return measure(ASSETS, world)
 
 
@@ -76,3 +81,17 @@ def test_encoders_and_language_model_are_good_enough_to_stand_for_public_ones(fi
     assert figures["languagebind-video"]["image_to_video"] > 20 * chance  # never trained on pairs
     assert figures["llm"]["perplexity"] < 1.3
     assert figures["llm"]["reading"] > 0.85
+
+
+def test_tokens_are_alike_where_the_video_encoder_started_from_the_image_encoder(world, tmp_path):
+    sizes = OmegaConf.to_container(composed(["+experiment=align_video"]).model, resolve=True)
+    settings = {key: sizes[key] for key in ("vision", "text", "projection_dim", "tokenizer_path")}
+    languagebind(**settings, start_from=str(ASSETS / "languagebind-image")).save_pretrained(tmp_path)
+
+    def similarity(video, images):
+        held_out = world / "foundations" / "held-out-videos"
+        return token_similarity(video, str(ASSETS / images), str(held_out), str(ASSETS / "tokenizer"))
+
+    assert similarity(tmp_path, "languagebind-image") > 0.99  # not yet trained: an image encoder on every frame
+    assert 0.8 < similarity(ASSETS / "languagebind-video", "languagebind-image") < 0.99
+    assert abs(similarity(ASSETS / "languagebind-video", "clip")) < 0.1

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from vllava.batch import CaptionBatch, MediumSpec
 from vllava.data.build import caption_data, conversation_data, conversation_packer, sample_decoder
@@ -22,6 +23,7 @@ from vllava.evaluation.answers import answer_all, read_samples
 from vllava.folders import RECORD as WRITTEN
 from vllava.folders import replacing
 from vllava.model.build import load_llm, load_tokenizer, video_llava
+from vllava.model.encoders import ClipEncoder
 from vllava.model.files import Checkpoint
 from vllava.model.languagebind import LanguageBind
 
@@ -38,9 +40,8 @@ _FRAMES = 8
 _REMEDY = "Make them with `python -m data_prep.toy foundations-test`."
 
 
-def _batches(encoder: LanguageBind, kind: str, folder: Path, tokenizer: Path) -> list[CaptionBatch]:
-    """A held-out source, as an encoder reads it."""
-    size = encoder.config.vision_config.image_size
+def _batches(size: int, kind: str, folder: Path, tokenizer: Path) -> list[CaptionBatch]:
+    """A held-out source, as an encoder of pictures of `size` pixels reads it."""
     data = caption_data(
         {kind: MediumSpec(size, 0, _FRAMES if kind == "video" else 1)},
         load_tokenizer(str(tokenizer)),
@@ -52,6 +53,10 @@ def _batches(encoder: LanguageBind, kind: str, folder: Path, tokenizer: Path) ->
         remedy=_REMEDY,
     )
     return [batch for step in data.train_dataloader() for batch in step.micro_batches]
+
+
+def _size(encoder: LanguageBind) -> int:
+    return encoder.config.vision_config.image_size
 
 
 @torch.no_grad()
@@ -102,8 +107,23 @@ def image_to_video(video: Path, images: str, held_out: str, tokenizer: str) -> f
     video, images: checkpoints of the two. Neither is ever trained on such pairs: both are aligned with text alone.
     """
     encoder, stills = (LanguageBind.from_pretrained(one, dtype=torch.float32).eval() for one in (video, images))
-    batches = _batches(encoder, "video", Path(held_out), Path(tokenizer))
+    batches = _batches(_size(encoder), "video", Path(held_out), Path(tokenizer))
     return retrieval(_middles(stills, batches), _embed(encoder, batches)[0])
+
+
+@torch.no_grad()
+def token_similarity(video: Path, images: str, held_out: str, tokenizer: str) -> float:
+    """How alike two encoders' tokens of one picture are, which is what the LLM reads of it: 1 where they are the same.
+
+    video, images: checkpoints of the two. The mean cosine similarity of a token of held-out videos' middle frames and
+    that of the same patch of the frame as an image; from the tokens of each encoder their mean is taken.
+    """
+    clips, stills = ClipEncoder(str(video), "video"), ClipEncoder(images, "image")
+    batches = _batches(clips.spec.size, "video", Path(held_out), Path(tokenizer))
+    theirs = torch.cat([stills(batch.pixels[:, _FRAMES // 2]) for batch in batches])
+    ours = torch.cat([clips(batch.pixels).unflatten(1, (_FRAMES, -1))[:, _FRAMES // 2, 1:] for batch in batches])
+    ours, theirs = (tokens - tokens.mean((0, 1)) for tokens in (ours, theirs))
+    return round(cosine_similarity(ours, theirs, dim=-1).mean().item(), 4)
 
 
 def measure(assets: Path, world: Path) -> dict[str, dict[str, float]]:
@@ -117,9 +137,9 @@ def measure(assets: Path, world: Path) -> dict[str, dict[str, float]]:
     figures: dict[str, dict[str, float]] = {}
     image, video = load("languagebind-image"), load("languagebind-video")
     for name, encoder in (("languagebind-image", image), ("clip", load("clip"))):
-        media, text = _embed(encoder, _batches(encoder, "image", held_out / "held-out-images", tokenizer))
+        media, text = _embed(encoder, _batches(_size(encoder), "image", held_out / "held-out-images", tokenizer))
         figures[name] = {"image_to_text": retrieval(media, text), "text_to_image": retrieval(text, media)}
-    clips = _batches(video, "video", held_out / "held-out-videos", tokenizer)
+    clips = _batches(_size(video), "video", held_out / "held-out-videos", tokenizer)
     media, text = _embed(video, clips)
     figures["languagebind-video"] = {
         "video_to_text": retrieval(media, text),
