@@ -25,8 +25,9 @@ SIDE_BY_SIDE := hydra/launcher=joblib hydra.launcher.n_jobs=2
 study: setup ## the paper's ablations, then when each claim holds, in full: by estimate a day on 2 cores
 	$(BIN)/python -m data_prep.toy --out data/demo stage1-demo stage2-demo eval eval-probes eval-more foundations-video
 	$(BIN)/python train.py +study=paper logger=none $(SIDE_BY_SIDE)
-	for study in no_stage1 same_steps alignment; do \
+	for study in no_stage1 same_steps swapped; do \
 	    $(BIN)/python train.py +study=$$study logger=none seed=1,2,3,4,5 $(SIDE_BY_SIDE) || exit 1; done
+	$(BIN)/python train.py +study=alignment logger=none level=20,60,150,501,shipped seed=1,2,3,4,5 $(SIDE_BY_SIDE)
 	$(BIN)/python train.py +study=video_share logger=none level=0.13,0.3,0.5,0.79 seed=1,2,3,4,5 $(SIDE_BY_SIDE)
 	$(BIN)/python train.py +study=data_amount logger=none level=0.05,0.1,0.25,0.5,1.0 seed=1,2,3,4,5 $(SIDE_BY_SIDE)
 
