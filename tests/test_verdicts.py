@@ -357,6 +357,13 @@ def test_levels_that_lie_far_apart_stand_on_a_logarithmic_scale_with_numbers(tmp
     assert f">({levels['a']:g})<".encode() in curve.svg and b">1.0<" in curve.svg and b">1<" not in curve.svg
 
 
+def test_labels_that_would_run_into_each_other_are_a_row_lower():
+    assert plots.staggered(["a", "b", "c"], [0.0, 0.5, 1.0]) == ["a", "b", "c"]
+    close = plots.staggered(["a", "b\n(1)", "c", "d", "e"], [0.0, 0.75, 0.9, 0.95, 1.0])
+    assert close == ["a", "b\n(1)", "\n\nc", "\n\n\n\nd", "e"]
+    assert plots.staggered(["alone"], [0.0]) == ["alone"]
+
+
 # --- learning curves --------------------------------------------------------------------------------------------------
 
 

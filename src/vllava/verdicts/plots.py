@@ -22,6 +22,7 @@ RULINGS = {REPRODUCED: "#1a6b31", NOT_REPRODUCED: "#b42318", UNDECIDED: "#6b7688
 WIDE = 20  # points of gain, from which the scale is logarithmic beyond LINEAR points
 LINEAR = 2
 TICKS = (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50)
+ROOM = 0.2  # of an axis, for the label of a level
 FAR = 15  # times the least, from which levels stand on a logarithmic scale
 WIDTH = 4.8  # inches of 72 pixels
 _STYLE: Any = {
@@ -183,8 +184,24 @@ def _level_axis(axes: Axes, found: Findings) -> None:
     if least > 0 and most / least >= FAR:
         axes.set_xscale("log")
     axes.set_xticks([], minor=True)
-    axes.set_xticks(list(places.values()), [found.study.label(level).replace(" (", "\n(") for level in places])
+    at = sorted((x, found.study.label(level).replace(" (", "\n(")) for level, x in places.items())
+    scaled = axes.transScale.transform([(x, 0) for x, _ in at])[:, 0]
+    shares = (scaled - scaled[0]) / (np.ptp(scaled) or 1)
+    axes.set_xticks([x for x, _ in at], staggered([label for _, label in at], shares.tolist()))
     axes.set_xlabel(found.study.axis or "level")
+
+
+def staggered(labels: Sequence[str], shares: Sequence[float]) -> list[str]:
+    """Labels of an axis from left to right, at shares of its length: one that would run into another is a row lower."""
+    lines = 1 + max(label.count("\n") for label in labels)
+    last: list[float] = []  # of each row
+    rows = []
+    for share in shares:
+        free = (row for row, taken in enumerate(last) if share - taken >= ROOM)
+        row = next(free, len(last))
+        last[row : row + 1] = [share]
+        rows.append(row)
+    return ["\n" * lines * row + label for row, label in zip(rows, labels, strict=True)]
 
 
 def _axes(height: float) -> tuple[Canvas, Axes]:
