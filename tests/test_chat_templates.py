@@ -8,12 +8,7 @@ import pytest
 from shard_fixtures import turns
 
 from vllava.batch import IGNORE_INDEX
-from vllava.conversation import (
-    TEMPLATES,
-    encode,
-    ends_of_turn,
-    template,
-)
+from vllava.conversation import TEMPLATES, encode, ends_of_turn, template
 from vllava.data.build import conversation_packer
 from vllava.errors import UserError
 

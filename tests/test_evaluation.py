@@ -348,7 +348,7 @@ def test_an_odd_row_of_the_last_source_is_named_before_the_first_is_asked(checkp
     odd = ("odd", {"id": 1, "conversations": talk(), "question": {"options": "red"}}, [("jpg", jpeg())])
     write_source(tmp_path / "good", [image_sample("a")], per_shard=1)
     write_source(tmp_path / "odd", [odd], per_shard=1)
-    monkeypatch.setattr("vllava.evaluation.evaluate.answer", None)
+    monkeypatch.setattr("vllava.evaluation.generate.answer", None)
     with pytest.raises(UserError, match=r"odd/00000.tar:odd: the question's options are not a list of texts"):
         ask_all(checkpoint, {"one": str(tmp_path / "good"), "two": str(tmp_path / "odd")}, tmp_path / "run")
 

@@ -22,7 +22,6 @@ from vllava.evaluation import generate, results
 from vllava.evaluation.benchmark import Benchmark
 from vllava.evaluation.benchmarks.held_out import HeldOut
 from vllava.evaluation.blocks import blind
-from vllava.evaluation.generate import Asking, answer
 from vllava.evaluation.outcome import Asked, Tell, figures_of, keep, write_exports, write_held_out, write_result_of
 from vllava.evaluation.predictions import Predictions
 from vllava.evaluation.questions import Answer, Question
@@ -92,7 +91,7 @@ def evaluate(
     for warning in benchmark.warnings if first else []:
         log.warning("%s: %s", benchmark.name, warning)
     require_questions(benchmark, questions, list(model.specs))
-    asking = Asking(model, packer, decode, max_new_tokens or benchmark.max_new_tokens, batch_size, workers)
+    asking = generate.Asking(model, packer, decode, max_new_tokens or benchmark.max_new_tokens, batch_size, workers)
     requests = benchmark.requests([Answer(question, "?") for question in questions])
     judging = judge() if judge is not None and requests else None
     if judging is not None:
@@ -146,7 +145,7 @@ def model_of(path: str, description: Description, parts: Mapping[str, str]) -> r
 
 
 def _answers(
-    asking: Asking,
+    asking: generate.Asking,
     questions: Sequence[Question],
     folder: Path,
     name: str,
@@ -162,7 +161,7 @@ def _answers(
     if runs and first and (other := predictions.take(Path(runs), ids)):
         print(f"answers taken from {other}, where the same was asked", flush=True)
     bar = "blind" if name == "blind" else str(how["benchmark"])
-    return answer(asking, questions, predictions, trainer, bar)
+    return generate.answer(asking, questions, predictions, trainer, bar)
 
 
 def require_questions(benchmark: Benchmark, questions: Sequence[Question], taken: Sequence[str]) -> None:
